@@ -34,7 +34,10 @@ def cpu_torch_hashes(version: str) -> list[str]:
     lines = (line.split() for line in (ROOT / CPU_TORCH).read_text().splitlines() if line[:1] != "#")
     hashes = [digest for digest, file in lines if file.startswith(f"torch-{version}+cpu-")]
     if not hashes:
-        print(f"lock: {CPU_TORCH} has no hash of torch {version}+cpu: renew it as its head says", file=sys.stderr)
+        print(
+            f"lock: {CPU_TORCH} has no hash of torch {version}+cpu: renew it as its head says",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     return hashes
 
@@ -66,8 +69,12 @@ def main() -> int:
     if status:
         return 2
     resolved = entries(gpu_path.read_text())
-    gpu_path.write_text(HEADER.format(what="GPU flavour: torch's CUDA build and its libraries.") + "".join(resolved))
-    cpu_path.write_text(HEADER.format(what="CPU flavour: torch's CPU build, without CUDA.") + cpu_lock(resolved))
+    gpu_path.write_text(
+        HEADER.format(what="GPU flavour: torch's CUDA build and its libraries.") + "".join(resolved)
+    )
+    cpu_path.write_text(
+        HEADER.format(what="CPU flavour: torch's CPU build, without CUDA.") + cpu_lock(resolved)
+    )
     for path in (gpu_path, cpu_path):
         print(f"{path.name}: {len(entries(path.read_text()))} packages")
     return 0

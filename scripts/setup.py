@@ -5,14 +5,11 @@
     make setup PYTHON=/path/to/python3  # which Python (3.11 to 3.14) the .venv is made of
     make setup TORCH_INDEX=URL          # a mirror of PyTorch's CPU index
 
-Needs nothing but Python's standard library, and starts on Python 3.7, so that it can say what is missing.
+Needs nothing but Python's standard library, and starts on Python 3.6, so that it can say what is missing.
 Exit codes: 0 ready; 2 this machine or its settings have to change first (one line says what); 1 pip failed in
 a way not foreseen here (its last lines are shown); 130, 143 stopped by a signal.
 """
 
-from __future__ import annotations
-
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +23,9 @@ LOCKS = {"cpu": "requirements-cpu.lock", "gpu": "requirements-gpu.lock"}
 DEFAULT_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 
-# Measured: the installed .venv plus the largest wheel while pip unpacks it; and what pip downloads beside torch.
+LAYOUT = 1  # raise it when set-up comes to do something that an existing .venv lacks
+
+# Measured: the .venv plus the largest wheel while pip unpacks it; what pip downloads beside torch.
 DISK_GIB = {"cpu": 2.5, "gpu": 12.0}
 DOWNLOAD = {"cpu": "about 0.3 GB beside torch", "gpu": "about 3 GB beside torch"}
 DURATION = {"cpu": "1 to 3 minutes", "gpu": "3 to 10 minutes"}
@@ -54,18 +53,24 @@ def check_platform(system=None, machine=None, libc=None):
     system = system or platform.system()
     machine = machine or platform.machine()
     if system != "Linux":
-        hint = "use WSL2 on Windows" if system == "Windows" else "use a Linux machine, or a Linux VM for the CPU demo"
+        hint = (
+            "use WSL2 on Windows"
+            if system == "Windows"
+            else "use a Linux machine, or a Linux VM for the CPU demo"
+        )
         name = {"Darwin": "macOS"}.get(system, system)
-        raise SetupError("{} is not supported, Linux on x86_64 or aarch64 is needed: {}".format(name, hint))
+        raise SetupError(f"{name} is not supported, Linux on x86_64 or aarch64 is needed: {hint}")
     if machine not in ("x86_64", "aarch64"):
-        raise SetupError("processor {} is not supported: torch is built for x86_64 and aarch64".format(machine))
+        raise SetupError(f"processor {machine} is not supported: torch is built for x86_64 and aarch64")
     libc = platform.libc_ver()[0] if libc is None else libc
     if libc != "glibc":
-        raise SetupError("this Linux has no glibc (Alpine?): torch is built for glibc distributions, such as Debian")
+        raise SetupError(
+            "this Linux has no glibc (Alpine?): torch is built for glibc distributions, such as Debian"
+        )
 
 
 def has_nvidia_gpu(sysroot="/"):
-    """Whether the kernel driver, the PCI bus or (in WSL2, which shows neither) nvidia-smi names an NVIDIA GPU."""
+    """Whether the driver, the PCI bus or (in WSL2, which shows neither) nvidia-smi names an NVIDIA GPU."""
     base = Path(sysroot)
     if (base / "proc/driver/nvidia/version").exists():
         return True
@@ -80,14 +85,16 @@ def has_nvidia_gpu(sysroot="/"):
         import subprocess
 
         tool = str(base / "usr/lib/wsl/lib/nvidia-smi")
-        return os.path.exists(tool) and subprocess.run([tool, "-L"], stdout=subprocess.DEVNULL).returncode == 0
+        return (
+            os.path.exists(tool) and subprocess.run([tool, "-L"], stdout=subprocess.DEVNULL).returncode == 0
+        )
     return False
 
 
 def wanted_flavour(environ):
     flavour = environ.get("FLAVOUR", "")
     if flavour not in ("", "cpu", "gpu"):
-        raise SetupError("FLAVOUR={}: expected cpu or gpu".format(flavour))
+        raise SetupError(f"FLAVOUR={flavour}: expected cpu or gpu")
     return flavour or ("gpu" if has_nvidia_gpu() else "cpu")
 
 
@@ -113,14 +120,14 @@ def probe_python(path):
 
 
 def find_python(asked=None, candidates=None, probe=probe_python):
-    """The Python to make .venv of: the one asked for, else this one if able, else the newest able one on PATH."""
+    """The Python for .venv: the one asked for, else this one if able, else the newest able one on PATH."""
     if asked:
         candidates = [asked]
     elif candidates is None:
         candidates = [sys.executable, "python3.14", "python3.13", "python3.12", "python3.11"]
     found = [answer for answer in map(probe, candidates) if answer]
     if not found:
-        raise SetupError("PYTHON={}: this does not run as a Python".format(candidates[0]))
+        raise SetupError(f"PYTHON={candidates[0]}: this does not run as a Python")
     fitting = [answer for answer in found if OLDEST_PYTHON <= answer[0][:2] <= NEWEST_PYTHON]
     for version, missing, path in fitting:
         if not missing:
@@ -128,8 +135,8 @@ def find_python(asked=None, candidates=None, probe=probe_python):
     if fitting:
         version, missing, path = fitting[0]
         raise SetupError(
-            "Python {0}.{1} ({2}) lacks {3}: on Debian and Ubuntu, `sudo apt install python3-venv` (or "
-            "python{0}.{1}-venv) brings it".format(version[0], version[1], path, missing)
+            f"Python {version[0]}.{version[1]} ({path}) lacks {missing}: on Debian and Ubuntu, "
+            f"`sudo apt install python3-venv` (or python{version[0]}.{version[1]}-venv) brings it"
         )
     version, _, path = found[0]
     raise SetupError(
@@ -144,9 +151,8 @@ def check_disk(folder, flavour, free_bytes=None):
     free_gib = (shutil.disk_usage(str(folder)).free if free_bytes is None else free_bytes) / 2**30
     if free_gib < DISK_GIB[flavour]:
         raise SetupError(
-            "{} has {:.1f} GiB free, the {} packages need {:.1f} GiB: make room or clone onto a larger disk".format(
-                folder, free_gib, flavour.upper(), DISK_GIB[flavour]
-            )
+            f"{folder} has {free_gib:.1f} GiB free, the {flavour.upper()} packages need "
+            f"{DISK_GIB[flavour]:.1f} GiB: make room or clone onto a larger disk"
         )
 
 
@@ -156,9 +162,9 @@ def check_disk(folder, flavour, free_bytes=None):
 def fingerprint(wanted, root=ROOT):
     """What a finished set-up depends on; the stamp in .venv repeats it."""
     digest = hashlib.sha256()
-    for name in (*sorted(LOCKS.values()), "scripts/setup.py"):
+    for name in sorted(LOCKS.values()):
         digest.update((root / name).read_bytes())
-    return {"inputs": digest.hexdigest(), "wanted": wanted, "root": str(root)}
+    return {"locks": digest.hexdigest(), "wanted": wanted, "root": str(root), "layout": LAYOUT}
 
 
 def finished(wanted, root=ROOT):
@@ -167,9 +173,20 @@ def finished(wanted, root=ROOT):
         stamp = json.loads((root / ".venv/setup.json").read_text())
         # A distribution upgrade replaces the Python that .venv points to.
         same_python = os.path.realpath(str(root / ".venv/bin/python")) == stamp.pop("python")
-        return same_python and os.path.exists(str(root / ".venv/bin/recipe")) and stamp == fingerprint(wanted, root)
+        return (
+            same_python
+            and os.path.exists(str(root / ".venv/bin/recipe"))
+            and stamp == fingerprint(wanted, root)
+        )
     except (OSError, ValueError, KeyError):
         return False
+
+
+def write_stamp(wanted, root=ROOT):
+    stamp = dict(fingerprint(wanted, root), python=os.path.realpath(str(root / ".venv/bin/python")))
+    part = root / ".venv/setup.json.part"
+    part.write_text(json.dumps(stamp, indent=1))
+    os.replace(str(part), str(root / ".venv/setup.json"))
 
 
 # --- pip --------------------------------------------------------------------------------------------------
@@ -184,34 +201,36 @@ def host_of(url):
 def explain(lines, lock_name):
     """One line for what stopped pip, from its output; None when it is nothing known."""
     text = "\n".join(lines)
-    mismatch = re.search(r"DO NOT MATCH THE HASHES.*?\n\s+(\S+)(?: from (\S+))?.*?Got\s+(\w+)", text, re.DOTALL)
+    mismatch = re.search(
+        r"DO NOT MATCH THE HASHES.*?\n\s+(\S+)(?: from (\S+))?.*?Got\s+(\w+)", text, re.DOTALL
+    )
     if mismatch:
         what, where, got = mismatch.groups()
         return (
-            "hash mismatch: {} from {} has SHA-256 {}, which is not in {}: the download is damaged or the index "
-            "serves another file; try again, or another index".format(
-                what.split(";")[0], host_of(where or "pip's index"), got, lock_name
-            )
+            f"hash mismatch: {what.split(';')[0]} from {host_of(where or 'the index')} has SHA-256 {got}, "
+            f"which is not in {lock_name}: a damaged download, or an index that serves another file; try another index"
         )
     if "No space left on device" in text:
         return "the disk became full while pip was installing: make room and run `make setup` again"
     network = re.search(
-        r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|Connection refused|Max retries exceeded"
-        r"|Failed to establish|ProxyError|Connection broken|name resolution|SSLError|CERTIFICATE_VERIFY_FAILED",
+        r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError"
+        r"|Connection refused|Connection broken|Failed to establish|name resolution|CERTIFICATE_VERIFY_FAILED",
         text,
     )
     if network:
-        host = re.search(r"host='([^']+)'|https?://(?:[^/@\s]+@)?([^/:\s]+)", text[max(0, network.start() - 400) :])
+        host = re.search(
+            r"host='([^']+)'|https?://(?:[^/@\s]+@)?([^/:\s]+)", text[max(0, network.start() - 400) :]
+        )
         name = next(filter(None, host.groups())) if host else "the package index"
-        return "no network: {} cannot be reached ({}); check the connection, the proxy or pip's index-url".format(
-            name, network.group(0)
+        return (
+            f"no network: {name} cannot be reached ({network.group(0)}); "
+            "check the connection, the proxy and pip's index-url"
         )
     absent = re.findall(r"No matching distribution found for ([^\s;]+)", text)
     if absent:
-        version = "{}.{}".format(*sys.version_info)
         return (
-            "pip finds no file of {} that {} allows for this machine (set-up runs on Python {}): "
-            "is pip's index a complete mirror?".format(absent[-1], lock_name, version)
+            f"pip finds no file of {absent[-1]} that {lock_name} allows for this Python and processor: "
+            "is pip's index a complete mirror?"
         )
     return None
 
@@ -225,8 +244,12 @@ class Pip:
         self.scratch = venv / "tmp"
         self.scratch.mkdir(exist_ok=True)
         # The user's own pip settings hold, except those that would install elsewhere than into .venv.
-        self.env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET")}
-        self.env.update(PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", TMPDIR=str(self.scratch))
+        self.env = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET")
+        }
+        self.env.update(
+            PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", TMPDIR=str(self.scratch)
+        )
         self.env.update(PIP_REQUIRE_VIRTUALENV="0", PYTHONUNBUFFERED="1", PIP_PROGRESS_BAR="off")
 
     def run(self, args, lock_name, total=0):
@@ -247,13 +270,18 @@ class Pip:
                 errors="replace",
             )
             try:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     log.write(line)
                     lines.append(line.rstrip())
                     if terminal and total and line.startswith(("Collecting ", "Installing collected")):
                         count += line.startswith("C")
                         doing = " ".join(line.split(";")[0].split()[:2])
-                        print("\r\033[K  {}/{} {}".format(count, total, doing), end="", file=sys.stderr, flush=True)
+                        print(
+                            f"\r\033[K  {count}/{total} {doing}",
+                            end="",
+                            file=sys.stderr,
+                            flush=True,
+                        )
             finally:
                 if process.poll() is None and sys.exc_info()[0]:
                     process.terminate()
@@ -266,22 +294,33 @@ class Pip:
                 raise SetupError(known)
             useful = [line for line in lines if line.strip() and not line.startswith("WARNING")][-12:]
             raise SetupError(
-                "pip failed; its last lines (all of them: {}):\n  {}".format(self.log, "\n  ".join(useful)), code=1
+                "pip failed; its last lines (all of them: {}):\n  {}".format(self.log, "\n  ".join(useful)),
+                code=1,
             )
         return "\n".join(lines)
 
     def install(self, requirements, lock_name, extra=()):
-        """Install lock entries by hash, wheels only: building from source would need packages that no lock names."""
+        """Install lock entries by hash; wheels only, since a build would need packages that no lock names."""
         path = self.scratch / "requirements.txt"
         path.write_text("".join(requirements))
-        args = ["-m", "pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:", *extra]
+        args = [
+            "-m",
+            "pip",
+            "install",
+            "-v",
+            "--no-deps",
+            "--require-hashes",
+            "--only-binary",
+            ":all:",
+            *extra,
+        ]
         self.run([*args, "-r", str(path)], lock_name, total=len(requirements))
 
     def locate_torch(self, version, extra=()):
         """URL of the torch file that pip would take, without downloading it."""
         report = self.scratch / "report.json"
         # Without hashes: pip downloads the file before it answers when it has to check them.
-        args = ["-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed"]
+        args = ["-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed"]
         args += ["--only-binary", ":all:", "--report", str(report), *extra, "torch==" + version]
         self.run(args, "the lock")
         return json.loads(report.read_text())["install"][0]["download_info"]["url"]
@@ -289,7 +328,7 @@ class Pip:
 
 def lock_entries(name, root=ROOT):
     """Lock entries by package name (two for a package whose version depends on Python's)."""
-    entries = {}
+    entries = {}  # type: dict[str, list[str]]
     for entry in re.split(r"^(?=[a-zA-Z0-9])", (root / name).read_text(), flags=re.MULTILINE)[1:]:
         entries.setdefault(re.split("[= ;]", entry, maxsplit=1)[0], []).append(entry)
     return entries
@@ -323,27 +362,27 @@ def describe(url):
         else:
             with urlopen(Request(url, method="HEAD"), timeout=10) as answer:
                 size = int(answer.headers["Content-Length"])
-        return "{}, {:.0f} MB".format(os.path.basename(path), size / 1e6)
+        return f"{os.path.basename(path)}, {size / 1e6:.0f} MB"
     except (OSError, ValueError, TypeError):
         return os.path.basename(path) + ", size unknown"
 
 
 def choose_torch(pip, wanted, version, torch_index):
-    """(flavour to install, pip's extra arguments for torch), saying which file of torch that means and how large."""
+    """(flavour to install, pip's extra arguments for torch); says which file that is and how large."""
     if wanted == "gpu":
         say("torch: " + describe(pip.locate_torch(version)))
         return "gpu", []
     reason = index_answers(torch_index)
     if reason is None:
         extra = ["--index-url", torch_index]
-        say("torch from {}: {}".format(host_of(torch_index), describe(pip.locate_torch(version, extra))))
+        say(f"torch from {host_of(torch_index)}: {describe(pip.locate_torch(version, extra))}")
         return "cpu", extra
-    say("TORCH_INDEX {} does not answer ({}): taking the build that pip finds".format(host_of(torch_index), reason))
+    say(f"TORCH_INDEX {host_of(torch_index)} does not answer ({reason}): taking the build that pip finds")
     url = pip.locate_torch(version)
     if "+cpu" in url or "%2Bcpu" in url:
-        say("torch: {}, the CPU build".format(describe(url)))
+        say(f"torch: {describe(url)}, the CPU build")
         return "cpu", []
-    say("torch: {}, the CUDA build; it runs on the CPU too, but needs its CUDA libraries".format(describe(url)))
+    say(f"torch: {describe(url)}, the CUDA build; it runs on the CPU too, but needs its CUDA libraries")
     return "gpu", []
 
 
@@ -353,14 +392,15 @@ def choose_torch(pip, wanted, version, torch_index):
 def make_venv(python, venv):
     import subprocess
 
-    made = subprocess.run([python, "-m", "venv", "--clear", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    made = subprocess.run(
+        [python, "-m", "venv", "--clear", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if made.returncode:
         last = (made.stdout.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
-        raise SetupError("{} -m venv {} failed: {}".format(python, venv, last))
+        raise SetupError(f"{python} -m venv {venv} failed: {last}")
 
 
 def install_all(wanted, environ):
-    check_platform()
     version, python = find_python(environ.get("PYTHON"))
     check_disk(ROOT, wanted)
     venv = ROOT / ".venv"
@@ -370,30 +410,32 @@ def install_all(wanted, environ):
     pip.install(lock_entries(LOCKS[wanted])["pip"], LOCKS[wanted])
 
     torch = lock_entries(LOCKS[wanted])["torch"]
-    torch_version = re.match(r"torch==([\w.]+)", torch[0]).group(1)
-    flavour, extra = choose_torch(pip, wanted, torch_version, environ.get("TORCH_INDEX") or DEFAULT_TORCH_INDEX)
+    torch_version = torch[0].split()[0].partition("==")[2]
+    flavour, extra = choose_torch(
+        pip, wanted, torch_version, environ.get("TORCH_INDEX") or DEFAULT_TORCH_INDEX
+    )
     check_disk(ROOT, flavour)
     entries = lock_entries(LOCKS[flavour])
     torch = entries.pop("torch")
     others = [entry for versions in entries.values() for entry in versions]
     say(
-        "installing {} packages by hash: {} unless cached, {}; log in .venv/setup.log".format(
-            len(entries) + 1, DOWNLOAD[flavour], DURATION[flavour]
-        )
+        f"installing {len(entries) + 1} packages by hash: {DOWNLOAD[flavour]} unless cached, "
+        f"{DURATION[flavour]}; log in .venv/setup.log"
     )
     pip.install(torch, LOCKS[flavour], extra)
     pip.install(others, LOCKS[flavour])
-    pip.run(["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."], "pyproject.toml")
+    pip.run(
+        ["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."],
+        "pyproject.toml",
+    )
     pip.run(["-m", "pip", "check"], LOCKS[flavour])
     built = pip.run(["-c", "import torch; print(torch.__version__)"], LOCKS[flavour]).split()[-1]
 
     import shutil
 
     shutil.rmtree(str(pip.scratch), ignore_errors=True)
-    stamp = dict(fingerprint(wanted), python=os.path.realpath(str(venv / "bin/python")))
-    (venv / "setup.json.part").write_text(json.dumps(stamp, indent=1))
-    os.replace(str(venv / "setup.json.part"), str(venv / "setup.json"))
-    say("ready: .venv with torch {}".format(built))
+    write_stamp(wanted)
+    say(f"ready: .venv with torch {built}")
 
 
 def stop(signum, _frame):
@@ -410,6 +452,9 @@ def main(argv):
             if not quiet:
                 say("ready (nothing to do)")
             return 0
+        check_platform()
+        import fcntl  # absent on Windows
+
         # The folder itself is the lock: it is there before .venv is.
         folder = os.open(str(ROOT), os.O_RDONLY)
         try:

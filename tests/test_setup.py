@@ -1,0 +1,361 @@
+"""Set-up says in one line what is missing, costs nothing when done, and both locks agree."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("setup_script", ROOT / "scripts/setup.py")
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What set-up needs of a fresh clone, without a .venv."""
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for lock in setup.LOCKS.values():
+        shutil.copy(ROOT / lock, folder)
+    shutil.copy(ROOT / "Makefile", folder)
+    return folder
+
+
+def environment(**changes):
+    """This process's environment, without anything that steers set-up or pip, and then the changes."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "MAKE", "MFLAGS"))}
+    for name in ("PYTHON", "FLAVOUR", "TORCH_INDEX"):
+        kept.pop(name, None)
+    return kept | {"PIP_CONFIG_FILE": os.devnull, "FLAVOUR": "cpu"} | changes
+
+
+def run_setup(clone, *args, **changes):
+    command = [sys.executable, str(clone / "scripts/setup.py"), *args]
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=120)
+
+
+def finish(clone, wanted="cpu"):
+    """A .venv as a finished set-up leaves it, as far as set-up looks at it."""
+    (clone / ".venv/bin").mkdir(parents=True)
+    (clone / ".venv/bin/python").symlink_to(sys.executable)
+    (clone / ".venv/bin/recipe").touch()
+    setup.write_stamp(wanted, clone)
+
+
+@contextlib.contextmanager
+def locked(clone):
+    """As while another set-up is at work."""
+    folder = os.open(clone, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    yield
+    os.close(folder)
+
+
+def fake_python(folder, answer):
+    """A program that answers set-up's question as a Python of that kind would."""
+    program = folder / "python-fake"
+    program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+# --- one line and exit code 2 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("3 9 2 - /usr/bin/python3", r"found Python 3\.9\.2 \(/usr/bin/python3\), needed is 3\.11 to 3\.14"),
+        ("3 15 0 - /usr/bin/python3", r"found Python 3\.15\.0 .*needed is 3\.11 to 3\.14"),
+        ("3 11 2 ensurepip /usr/bin/python3", r"lacks ensurepip: .*`sudo apt install python3-venv`"),
+        ("hello", r"PYTHON=.*python-fake: this does not run as a Python"),
+    ],
+)
+def test_unfit_python(clone, answer, expected):
+    done = run_setup(clone, PYTHON=fake_python(clone, answer))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(expected, done.stderr)
+    assert not (clone / ".venv").exists()
+
+
+def test_a_real_python_without_ensurepip_is_recognised(tmp_path):
+    """Debian's python3 without python3-venv is a Python whose ensurepip cannot be found."""
+    blocked = tmp_path / "python3"
+    hide = "import sys; sys.modules.update(dict.fromkeys(['ensurepip'])); exec(sys.argv.pop(1))"
+    blocked.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{hide}" "$1"\n')
+    blocked.chmod(0o755)
+    with pytest.raises(setup.SetupError, match="lacks ensurepip"):
+        setup.find_python(str(blocked))
+
+
+def test_an_old_python3_gives_way_to_a_newer_one_on_path():
+    answers = {
+        "old": ((3, 9, 2), "", "/old"),
+        "bare": ((3, 12, 1), "ensurepip", "/bare"),
+        "ok": ((3, 11, 4), "", "/ok"),
+    }
+    assert setup.find_python(None, ["old", "bare", "none", "ok"], answers.get) == ((3, 11, 4), "/ok")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "libc", "expected"),
+    [
+        ("Darwin", "arm64", "", "macOS is not supported"),
+        ("Windows", "AMD64", "", "Windows is not supported.*WSL2"),
+        ("Linux", "ppc64le", "glibc", "ppc64le is not supported"),
+        ("Linux", "x86_64", "", "no glibc"),
+    ],
+)
+def test_unsupported_platform(system, machine, libc, expected):
+    with pytest.raises(setup.SetupError, match=expected):
+        setup.check_platform(system, machine, libc)
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "gpu"])
+def test_no_disk_space(tmp_path, flavour):
+    with pytest.raises(setup.SetupError, match=r"1\.0 GiB free, .* need \d+\.\d GiB"):
+        setup.check_disk(tmp_path, flavour, free_bytes=2**30)
+
+
+def test_unknown_flavour(clone):
+    done = run_setup(clone, FLAVOUR="rocm")
+    assert (done.returncode, done.stderr) == (2, "setup: FLAVOUR=rocm: expected cpu or gpu\n")
+
+
+def test_no_network_names_the_host(clone):
+    done = run_setup(clone, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="1")
+    assert done.returncode == 2
+    assert "no network: 127.0.0.1 cannot be reached" in done.stderr.splitlines()[-1]
+    assert not setup.finished("cpu", clone)
+
+
+def test_hash_mismatch_names_file_and_lock(clone, tmp_path):
+    """An index that serves another file under a locked name and version."""
+    version = setup.lock_entries("requirements-cpu.lock")["pip"][0].split()[0].partition("==")[2]
+    wheel = tmp_path / f"pip-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            f"pip-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: pip\nVersion: {version}\n"
+        )
+    done = run_setup(clone, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert f"hash mismatch: pip=={version}" in last
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in last
+    assert "requirements-cpu.lock" in last
+
+
+def test_an_index_without_the_package(clone, tmp_path):
+    done = run_setup(clone, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    assert done.returncode == 2
+    assert "pip finds no file of pip==" in done.stderr.splitlines()[-1]
+
+
+def test_full_disk_while_installing():
+    assert "disk became full" in setup.explain(["ERROR: [Errno 28] No space left on device"], "the lock")
+
+
+# --- which build of torch ---------------------------------------------------------------------------------
+
+
+class FakePip:
+    """Answers as pip does, for an index that has this file."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def locate_torch(self, version, extra=()):
+        return self.url
+
+
+@pytest.mark.parametrize(
+    ("file", "flavour"),
+    [
+        ("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl", "cpu"),
+        ("torch-2.13.0%2Bcpu-cp311-cp311-manylinux_2_28_x86_64.whl", "cpu"),
+        ("torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl", "gpu"),
+    ],
+)
+def test_unreachable_torch_index_falls_back_and_says_what_it_takes(tmp_path, capfd, file, flavour):
+    wheel = tmp_path / file.replace("%2B", "+")
+    wheel.write_bytes(bytes(3_000_000))
+    pip = FakePip(f"file://{tmp_path}/{file}")
+    assert setup.choose_torch(pip, "cpu", "2.13.0", "http://127.0.0.1:9/whl/cpu") == (flavour, [])
+    told = capfd.readouterr().err
+    assert "TORCH_INDEX 127.0.0.1 does not answer" in told
+    assert f"{wheel.name}, 3 MB" in told
+
+
+def test_nvidia_gpu_is_seen_on_the_pci_bus(tmp_path):
+    device = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x10de\n")
+    (device / "class").write_text("0x040300\n")  # the sound part of a graphics card
+    assert not setup.has_nvidia_gpu(tmp_path)
+    (device / "class").write_text("0x030000\n")
+    assert setup.has_nvidia_gpu(tmp_path)
+
+
+# --- done, interrupted, at the same time ------------------------------------------------------------------
+
+
+def test_second_setup_does_nothing_at_once(clone):
+    finish(clone)
+    begin = time.monotonic()
+    done = run_setup(clone, PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    assert (done.returncode, done.stderr) == (0, "setup: ready (nothing to do)\n")
+    assert time.monotonic() - begin < 2
+    assert run_setup(clone, "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize("change", ["lock", "flavour", "moved", "python", "interrupted"])
+def test_any_change_repeats_the_setup(clone, change):
+    finish(clone)
+    assert setup.finished("cpu", clone)
+    if change == "lock":
+        with open(clone / "requirements-cpu.lock", "a") as lock:
+            lock.write("# changed\n")
+    elif change == "moved":
+        clone = clone.rename(clone.with_name("elsewhere"))
+    elif change == "python":
+        (clone / ".venv/bin/python").unlink()
+        (clone / ".venv/bin/python").symlink_to("/bin/sh")
+    elif change == "interrupted":
+        (clone / ".venv/setup.json").unlink()
+    assert not setup.finished("gpu" if change == "flavour" else "cpu", clone)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_setup_and_leave_it_unfinished(clone, number, code):
+    with locked(clone):
+        command = [sys.executable, str(clone / "scripts/setup.py")]
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+        assert "another set-up is at work here" in process.stderr.readline()
+        process.send_signal(number)
+        assert process.wait(timeout=10) == code
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_concurrent_setup_waits_and_finds_the_work_done(clone):
+    with locked(clone):
+        command = [sys.executable, str(clone / "scripts/setup.py")]
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+        assert "another set-up is at work here" in process.stderr.readline()
+        finish(clone)
+    assert process.wait(timeout=10) == 0
+    assert process.stderr.read() == ""
+
+
+# --- the locks --------------------------------------------------------------------------------------------
+
+
+def versions(flavour):
+    """(package, marker) -> version, as a lock says."""
+    found = {}
+    for entries in setup.lock_entries(setup.LOCKS[flavour], ROOT).values():
+        for entry in entries:
+            requirement, _, marker = entry.split(" \\\n")[0].partition(" ; ")
+            name, version = requirement.split("==")
+            found[name, marker] = version
+    return found
+
+
+def test_the_locks_agree_and_differ_by_cuda_only():
+    cpu, gpu = versions("cpu"), versions("gpu")
+    assert cpu.items() <= gpu.items()
+    extra = {name for name, _ in gpu.keys() - cpu.keys()}
+    assert "nvidia-nccl-cu13" in extra
+    assert [name for name in extra if not name.startswith(("nvidia-", "cuda-", "triton"))] == []
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "gpu"])
+def test_every_locked_file_has_a_hash_and_no_place(flavour):
+    text = (ROOT / setup.LOCKS[flavour]).read_text()
+    for entries in setup.lock_entries(setup.LOCKS[flavour], ROOT).values():
+        for entry in entries:
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}$", entry, re.MULTILINE), entry
+    assert not re.search(r"://|--index-url|--find-links|--extra-index", text)
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "gpu"])
+def test_the_locks_hold_what_requirements_in_asks(flavour):
+    locked_versions = {(name, version) for (name, _), version in versions(flavour).items()}
+    names = {name for name, _ in locked_versions}
+    for line in (ROOT / "requirements.in").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.lower().replace("_", "-").partition("==")
+            assert (name, version) in locked_versions if version else name in names, line
+
+
+def test_the_cpu_lock_takes_the_recorded_cpu_builds_of_torch():
+    lines = (ROOT / "requirements-torch-cpu.sha256").read_text().splitlines()
+    recorded = dict(line.split() for line in lines if not line.startswith("#"))
+    (entry,) = setup.lock_entries("requirements-cpu.lock", ROOT)["torch"]
+    assert set(re.findall(r"sha256:(\w+)", entry)) == set(recorded)
+    for python in ("cp311", "cp312", "cp313", "cp314"):
+        for machine in ("x86_64", "aarch64"):
+            assert any(f"-{python}-{python}-" in file and machine in file for file in recorded.values())
+
+
+# --- make -------------------------------------------------------------------------------------------------
+
+
+def make(clone, *args):
+    return subprocess.run(["make", *args], cwd=clone, env=environment(), capture_output=True, text=True)
+
+
+def test_make_passes_values_as_they_are(clone):
+    """A value is data: neither a space nor a quote nor a command in it reaches the shell."""
+    finish(clone)
+    (clone / ".venv/bin/python").unlink()
+    echo = clone / ".venv/bin/python"
+    echo.write_text('#!/bin/sh\nprintf "[%s]" "$@"\n')
+    echo.chmod(0o755)
+    setup.write_stamp("cpu", clone)
+    name = """a b'c"; touch injected; `touch injected`"""
+    done = make(clone, "train", f"RUN={name}", "CONFIG=my config.yaml", "DATA=x;y", "ARGS=--set a='b c'")
+    assert done.stdout == (
+        f"[-m][recipe][train][--config][my config.yaml][--data][x;y][--run][{name}][--set][a=b c]"
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert not (clone / "injected").exists()
+
+
+@pytest.mark.parametrize("runtime", ["docker", "podman"])
+def test_make_refuses_a_runtime_it_has_not(clone, runtime):
+    done = make(clone, "train", f"RUNTIME={runtime}")
+    assert done.returncode == 2
+    assert f"RUNTIME={runtime}: " in done.stderr.splitlines()[0]
+    assert not (clone / ".venv").exists()
+
+
+def test_make_help_lists_every_target(clone):
+    told = make(clone).stdout
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    for target in set(phony) - {"help", "ready", "runtime"}:
+        assert re.search(rf"^  make {target} ", told, re.MULTILINE), target
+
+
+def test_make_clean_removes_caches_and_nothing_else(clone):
+    kept = ["runs/a/__pycache__/x", "models/m/x", "data/.ruff_cache/x", ".venv/__pycache__/x", "recipe/x.py"]
+    gone = ["recipe/__pycache__/x", ".pytest_cache/x", ".mypy_cache/x", "build/x", "x.egg-info/x"]
+    for name in kept + gone:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+    assert make(clone, "clean").returncode == 0
+    assert all((clone / name).exists() for name in kept)
+    assert not any((clone / name).parent.exists() for name in gone)
