@@ -1,0 +1,9 @@
+"""`recipe plan`: does this run fit on this machine, part by part, and how long must it take at least?
+
+Answers in a second, without a GPU, without weights and without network. Nothing of torch or transformers is imported.
+"""
+
+from recipe.plan.budget import Plan, make_plan
+from recipe.plan.table import render
+
+__all__ = ["Plan", "make_plan", "render"]

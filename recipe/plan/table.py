@@ -1,0 +1,115 @@
+"""A plan as text for a terminal: at most 100 columns, plain characters."""
+
+from __future__ import annotations
+
+import textwrap
+
+from recipe.plan.budget import GPU_SPARE_GIB, HOST_SPARE_GIB, Plan
+from recipe.plan.memory import Part, total_gib
+
+WIDTH = 100
+
+
+def render(plan: Plan) -> str:
+    """The whole plan, verdict last: that is what stays on the screen."""
+    blocks = [_head(plan), _device(plan), _host(plan), _disk(plan), _time(plan)]
+    blocks.append(["Not modelled:", *(_wrap(f"- {text}") for text in plan.not_modelled)])
+    if plan.fits:
+        blocks.append(["It fits."])
+    else:
+        blocks.append(["It does not fit:", *(_wrap(f"- {reason}") for reason in plan.reasons)])
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _head(plan: Plan) -> list[str]:
+    where = _count(plan.world_size, "CPU rank")
+    if plan.vram_gib:
+        where = f"{_count(plan.world_size, 'GPU')} of {plan.vram_gib:.1f} GiB"
+    steps = f"{plan.steps:,} steps of " if plan.steps else "steps of "
+    return [
+        f"{plan.model}: {plan.parameters:,} parameters, {plan.trainable_parameters:,} trainable; on {where}",
+        f"{steps}{plan.tokens_per_step:,} tokens, each {_count(plan.world_size, 'rank')} × "
+        f"{_count(plan.accumulation, 'micro-batch', 'es')} × {plan.micro_batch_tokens:,} tokens",
+    ]
+
+
+def _device(plan: Plan) -> list[str]:
+    if plan.device == "cpu":
+        return _table("Host RAM of each rank", plan.device_parts, plan.device_gib)
+    spare = Part("to spare", GPU_SPARE_GIB, "for what this plan does not know")
+    return _table(
+        "Memory of each GPU",
+        [*plan.device_parts, *plan.outside_parts, spare],
+        plan.vram_needed_gib,
+        plan.vram_gib,
+    )
+
+
+def _host(plan: Plan) -> list[str]:
+    # On a CPU the parts of a rank stand above already.
+    parts = (
+        plan.host_parts
+        if plan.device == "gpu"
+        else [
+            plan.host_parts[0],
+            Part("ranks", total_gib(plan.host_parts[1:]), f"{plan.world_size} × the memory above"),
+        ]
+    )
+    lines = _table(
+        "Host RAM",
+        [*parts, Part("to spare", HOST_SPARE_GIB, "for the system")],
+        total_gib(plan.host_parts) + HOST_SPARE_GIB,
+        plan.ram_gib,
+    )
+    if plan.prepare_gib:
+        lines.append(_row("prepare, before", plan.prepare_gib, "quantises a tensor at a time"))
+    return lines
+
+
+def _disk(plan: Plan) -> list[str]:
+    parts = list(plan.run_disk_parts)
+    if plan.on_disk_gib:
+        lines = [_row("model", plan.on_disk_gib, "prepared already")]
+    else:
+        parts, lines = plan.model_disk_parts + parts, []
+    return _table("Disk", parts, plan.disk_needed_gib, plan.disk_gib) + lines
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.floor_seconds is None:
+        if plan.device == "cpu":
+            return ["Time: unknown (no rate is known for a CPU)"]
+        return [f"Time: unknown ({'the card has no known rate' if plan.steps else 'train.steps is not set'})"]
+    assumed = "if the cards are " if plan.card_assumed else ""
+    steps = plan.steps or 1
+    rate = plan.tokens_per_step * steps / plan.floor_seconds
+    return [
+        f"Time: at least {_duration(plan.floor_seconds)}, {_duration(plan.floor_seconds / steps)} a step "
+        f"({assumed}{plan.card}: at most {rate:,.0f} tokens/s)"
+    ]
+
+
+def _table(title: str, parts: list[Part], total: float, there: float | None = None) -> list[str]:
+    found = "" if there is None else f"of {there:.2f} GiB there"
+    rows = [_row(part.name, part.gib, part.note) for part in parts]
+    return [f"{title:<26}{'GiB':>9}", *rows, _row("total", total, found)]
+
+
+def _row(name: str, gib: float, note: str) -> str:
+    size = f"{gib:.2f}" if gib >= 0.005 else "< 0.01"
+    return f"  {name:<24}{size:>9}  {note}".rstrip()
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _count(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{'' if number == 1 else plural}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
