@@ -222,7 +222,9 @@ def test_second_setup_does_nothing_at_once(clone):
     assert run_setup(clone, "--quiet").stderr == ""
 
 
-@pytest.mark.parametrize("change", ["lock", "flavour", "moved", "python", "interrupted"])
+@pytest.mark.parametrize(
+    "change", ["lock", "flavour", "moved", "python", "other python asked", "interrupted"]
+)
 def test_any_change_repeats_the_setup(clone, change):
     finish(clone)
     assert setup.finished("cpu", clone)
@@ -236,7 +238,8 @@ def test_any_change_repeats_the_setup(clone, change):
         (clone / ".venv/bin/python").symlink_to("/bin/sh")
     elif change == "interrupted":
         (clone / ".venv/setup.json").unlink()
-    assert not setup.finished("gpu" if change == "flavour" else "cpu", clone)
+    asked = "/usr/bin/python3" if change == "other python asked" else None
+    assert not setup.finished("gpu" if change == "flavour" else "cpu", clone, asked)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
