@@ -1,0 +1,51 @@
+"""Which device, dtype and attention a rank computes with; chosen once, and said."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from recipe.errors import UserError
+from recipe.settings import Settings
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_device(local_rank: int = 0) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """bf16 where the GPU has it, else fp16; fp32 on a CPU, whose bf16 matmul is 7 times slower without AMX.
+
+    Raises UserError where the dtype asked for cannot be had.
+    """
+    wanted = settings.compute.dtype
+    if not torch.cuda.is_available():
+        if wanted == "fp16":
+            raise UserError("compute.dtype is `fp16`, expected auto, fp32 or bf16 on a machine without a GPU")
+        return DTYPES["fp32" if wanted == "auto" else wanted]
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+    if wanted == "bf16" and not has_bf16:
+        raise UserError("compute.dtype is `bf16`, but this GPU has no bf16; expected auto or fp16")
+    return DTYPES[("bf16" if has_bf16 else "fp16") if wanted == "auto" else wanted]
+
+
+def attention_kind(settings: Settings, dtype: torch.dtype) -> str:
+    """`flash_attention_2`, `varlen` or `sdpa`. Raises UserError where the one asked for cannot be had."""
+    wanted = settings.compute.attention
+    on_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    able = {
+        "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
+        "varlen": on_gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "sdpa": True,
+    }
+    if wanted == "auto":
+        return next(kind for kind, works in able.items() if works)
+    if not able[wanted]:
+        raise UserError(
+            f"compute.attention is `{wanted}`, which needs a GPU of compute capability 8.0 or newer, bf16 or fp16, and "
+            "its package; expected auto or sdpa here"
+        )
+    return wanted

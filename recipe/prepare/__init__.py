@@ -1,0 +1,83 @@
+"""`recipe prepare`: the model of a config as an NF4 checkpoint on the local disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipe.errors import UserError
+from recipe.files import read_json, sha256_of
+from recipe.prepare.source import find_source
+from recipe.settings import Settings
+
+RECORD = "prepare.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An NF4 checkpoint: the folder, the model's name, and whether this call has made it."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    fresh: bool
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 by file name, as recorded when the files were written; empty for a checkpoint quantised elsewhere."""
+        record = self.folder / RECORD
+        return {name: file["sha256"] for name, file in read_json(record)["files"].items()} if record.exists() else {}
+
+
+def prepared_folder(settings: Settings) -> Path:
+    """Where the NF4 checkpoint of this config's model lies or will lie."""
+    model_id = settings.model.id or ""
+    if model_id == "demo":
+        name = "SmolLM2-135M-Instruct"
+    elif Path(model_id).is_dir():
+        name = Path(model_id).resolve().name
+    else:
+        name = model_id.replace("/", "--")
+    revision = f"@{settings.model.revision[:12].replace('/', '-')}" if settings.model.revision else ""
+    plain = "" if settings.quantization.double_quant else "-single"
+    return Path(settings.paths.models) / f"{name}{revision}-nf4{plain}"
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Find the model, and quantise it unless that is done. Raises UserError (see source.py, quantise.py)."""
+    target = prepared_folder(settings)
+    if (target / RECORD).exists():
+        _check_sizes(target)
+        source = read_json(target / RECORD)["source"]
+        return Prepared(target, source["name"], source["revision"], fresh=False)
+    source = find_source(settings)
+    quantization = read_json(source.folder / "config.json").get("quantization_config")
+    if quantization:
+        if not (quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") == "nf4"):
+            method = quantization.get("quant_method", "unknown")
+            raise UserError(
+                f"{source.folder}/config.json: the weights are quantised already ({method}), expected an unquantised "
+                "checkpoint or bitsandbytes NF4"
+            )
+        return Prepared(source.folder, source.name, source.revision, fresh=False)
+    from recipe.prepare.quantise import quantise
+
+    quantise(source, target, settings.quantization)
+    return Prepared(target, source.name, source.revision, fresh=True)
+
+
+def verify(prepared: Prepared) -> list[str]:
+    """Names of the files whose hash is no longer the recorded one (reads everything)."""
+    return [name for name, digest in prepared.hashes.items() if sha256_of(prepared.folder / name) != digest]
+
+
+def _check_sizes(folder: Path) -> None:
+    for name, file in read_json(folder / RECORD)["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path}: is missing; remove {folder} and run `make prepare` again")
+        if path.stat().st_size != file["bytes"]:
+            raise UserError(
+                f"{path}: has {path.stat().st_size} bytes, expected {file['bytes']}; "
+                f"remove {folder} and run `make prepare` again"
+            )
