@@ -43,7 +43,7 @@ help:
 	'  make clean            remove caches; never runs, models or data' \
 	'' \
 	'Settings' \
-	'  CONFIG=FILE           a YAML, as in recipe/configs/ (now $(CONFIG))' \
+	"  CONFIG=FILE           a YAML, as in recipe/configs/ (now $$CONFIG)" \
 	'  DATA=PATH             training data in place of the config'"'"'s' \
 	'  RUN=NAME              a run in runs/' \
 	'  RUNTIME=auto|host     where it runs: the host'"'"'s .venv' \
