@@ -102,6 +102,9 @@ class Compute:
                         choices=("auto", "bf16", "fp16", "fp32"))
     attention: str = option("auto", "auto: FlashAttention-2 if installed and able, else torch's variable-length, "
                             "else SDPA document by document", choices=("auto", "flash_attention_2", "varlen", "sdpa"))
+    activation_checkpointing: bool = option(
+        True, "keep only each layer's input and compute the rest again: less memory, a third more arithmetic"
+    )
     processes: int | str = option("auto", "ranks; auto: one per GPU, two on a CPU", low=1, high=64, words=("auto",))
 
 

@@ -1,0 +1,216 @@
+"""`recipe COMMAND`: reads the request, calls the room that does the work, turns its end into an exit code.
+
+0 done; 1 the answer is no; 2 the request was wrong, in one line; 130 and 143 stopped by a signal, after saving.
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from recipe import __version__
+from recipe.errors import Refused, UserError
+from recipe.settings import Settings, load
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        arguments = parser().parse_args(argv)
+        return arguments.run_command(arguments)
+    except (UserError, Refused) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="recipe", description="Fine-tune a 70B language model on the GPUs that you own.")
+    top.add_argument("--version", action="version", version=f"recipe {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str, run, config: bool = False, run_name: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run_command=run)
+        if config:
+            sub.add_argument("--config", required=True, metavar="FILE", help="a YAML, as in recipe/configs/")
+            sub.add_argument("--data", metavar="PATH", help="training data in place of the config's data.path")
+        sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                         help="one setting, may be repeated")
+        if run_name:
+            sub.add_argument("--run", metavar="NAME", help="a run in the runs folder")
+        sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
+        return sub
+
+    plan = add("plan", "does it fit, part by part; needs neither GPU nor weights", _plan, config=True)
+    plan.add_argument("--gpus", type=int, metavar="N", help="plan for this many GPUs, 0 for a CPU")
+    plan.add_argument("--vram-gib", type=float, metavar="G", help="memory of each of them")
+    plan.add_argument("--ram-gib", type=float, metavar="R", help="memory of the host")
+    add("preflight", "is this machine able to do it", _preflight, config=True)
+    add("prepare", "find or download the model and quantise it to NF4", _prepare, config=True)
+    add("train", "train, or go on with an unfinished run", _train, config=True, run_name=True)
+    evaluate = add("eval", "held-out loss, perplexity and samples, without and with the adapters", _eval, run_name=True)
+    evaluate.add_argument("--samples", type=int, metavar="N", help="prompts to answer in full")
+    add("export", "a PEFT folder, verified in a fresh process", _export, run_name=True)
+    chat = add("chat", "talk to the trained model", _chat, run_name=True)
+    chat.add_argument("--once", metavar="TEXT", help="answer this and end")
+    chat.add_argument("--base", action="store_true", help="begin with the adapters off")
+    add("demo", "the whole job, small and real: prepare, train, export, compare", _demo, run_name=True)
+    return top
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    overrides = list(arguments.overrides)
+    if arguments.data:
+        overrides.append(f"data.path={json.dumps(arguments.data)}")
+    return load(arguments.config, overrides)
+
+
+def _machine(settings: Settings):
+    from recipe import hardware
+
+    if refused := hardware.refuse_unsupported():
+        raise UserError(refused)
+    return hardware.probe(settings.paths.models)
+
+
+def _existing_run(arguments: argparse.Namespace):
+    from recipe.train.run import find_run
+
+    runs = load_runs_folder(arguments.overrides)
+    return find_run(runs, arguments.run)
+
+
+def load_runs_folder(overrides: list[str]) -> str:
+    from recipe.settings import Paths, _parse_override, from_dict
+
+    for text in overrides:
+        key, value = _parse_override(text)
+        if key == "paths.runs":
+            return from_dict({"paths": {"runs": value}}, {"paths.runs": f"--set {text}: "}).paths.runs
+        raise UserError(f"--set {text}: expected paths.runs=FOLDER here; a run's settings stand in its config.yaml")
+    return Paths().runs
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from recipe.plan import make_plan, render
+    from recipe.prepare import prepared_folder
+
+    settings = _settings(arguments)
+    machine = _machine(settings)
+    plan = make_plan(settings, machine, gpus=arguments.gpus, vram_gib=arguments.vram_gib, ram_gib=arguments.ram_gib,
+                     prepared=prepared_folder(settings))
+    _print(plan.to_dict()) if arguments.json else print(render(plan))
+    return 0 if plan.fits else 1
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    from recipe import preflight
+    from recipe.plan import make_plan
+    from recipe.prepare import prepared_folder
+
+    settings = _settings(arguments)
+    machine = _machine(settings)
+    folder = prepared_folder(settings)
+    checks = preflight.run_checks(settings, machine, make_plan(settings, machine, prepared=folder), folder)
+    _print(preflight.to_dict(checks)) if arguments.json else print(preflight.render(checks))
+    return 1 if preflight.failed(checks) else 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from recipe.prepare import prepare
+
+    settings = _settings(arguments)
+    _machine(settings)
+    prepared = prepare(settings)
+    size = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
+    if arguments.json:
+        _print({"folder": str(prepared.folder), "name": prepared.name, "bytes": size, "fresh": prepared.fresh})
+    else:
+        done = "quantised" if prepared.fresh else "was there already"
+        print(f"{prepared.name}: {done}, {size / 2**30:.2f} GiB of NF4 in {prepared.folder}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from recipe.plan import make_plan, render
+    from recipe.prepare import prepare, prepared_folder
+    from recipe.train import launch
+    from recipe.train.run import begin_or_continue
+
+    settings = _settings(arguments)
+    machine = _machine(settings)
+    begin_or_continue(settings, arguments.run)
+    plan = make_plan(settings, machine, prepared=prepared_folder(settings))
+    if not plan.fits:
+        print(render(plan), file=sys.stderr)
+        raise Refused(f"{arguments.config}: does not fit on this machine; see the reasons above")
+    prepared = prepare(settings)
+    try:
+        run = launch.start(settings, arguments.run, prepared, machine, plan.world_size)
+    except launch.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    summary = json.loads(run.summary.read_text())
+    if arguments.json:
+        _print({"run": run.name, **summary})
+    else:
+        print(f"run {run.name}: {summary['steps']} steps, held-out loss {summary['held_out_loss']}; "
+              f"next: make export-adapters RUN={run.name}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from recipe.export import evaluate
+
+    report = evaluate.evaluate(_existing_run(arguments), arguments.samples)
+    _print(report) if arguments.json else print(evaluate.render(report))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from recipe.export import adapters
+
+    result = adapters.export(_existing_run(arguments))
+    _print(result) if arguments.json else print(adapters.render(result))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from recipe.export import chat
+
+    return chat.chat(_existing_run(arguments), arguments.once, adapters=not arguments.base)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from recipe import demo
+
+    return demo.demo(load_runs_folder(arguments.overrides), arguments.run, arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Checkpoints hold what is trained: LoRA, optimizer, scheduler, random states, data position. Never the frozen base.
+
+A folder `step-NNNNNN` with safetensors and JSON, nothing pickled; written aside, fsynced, renamed; a hash per file.
+The tensors are whole, so another number of ranks can resume.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from recipe.engine.load import local_range
+from recipe.errors import UserError
+from recipe.files import read_json, sha256_of, write_json, write_text, written_aside
+
+ADAPTERS = "adapters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+RNG = "rng.safetensors"
+STATE = "state.json"
+TRAINER_STATE = "trainer_state.json"  # transformers reads it from the checkpoint's folder by this name
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adapter_name(parameter_name: str) -> str:
+    """The name that PEFT gives a LoRA parameter in its files."""
+    return parameter_name.replace(".default", "")
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield adapter_name(name), parameter
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor on the CPU, from every rank's slice (a collective: all ranks must call it)."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().contiguous()
+
+
+def gather_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All LoRA parameters, whole, in fp32 (a collective)."""
+    return {name: gather(parameter) for name, parameter in trained_parameters(model)}
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], trainer_state: str
+) -> None:
+    """Write a checkpoint (a collective; rank 0 writes). `trainer_state` is transformers' own, as JSON."""
+    adapters = gather_adapters(model)
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in trained_parameters(model):
+        for key in MOMENTS:
+            moments[f"{name}.{key}"] = gather(optimizer.state[parameter][key])
+        moments[f"{name}.step"] = optimizer.state[parameter]["step"].detach().cpu().reshape(1)
+    random_states: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(random_states, _random_state())
+    if dist.get_rank() == 0:
+        with written_aside(folder) as aside:
+            save_file(adapters, aside / ADAPTERS, metadata={"format": "pt"})
+            save_file(moments, aside / OPTIMIZER)
+            save_file({f"{rank}.{key}": value for rank, states in enumerate(random_states)
+                       for key, value in states.items()}, aside / RNG)
+            write_text(aside / TRAINER_STATE, trainer_state)
+            hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
+            write_json(aside / STATE, {**state, "world_size": dist.get_world_size(), "sha256": hashes})
+    dist.barrier()
+
+
+def load_parameters(folder: Path, model: nn.Module) -> None:
+    """Each rank reads its own slice of the LoRA parameters."""
+    with _opened(folder / ADAPTERS) as tensors, torch.no_grad():
+        for name, parameter in trained_parameters(model):
+            _local(parameter).copy_(_slice(tensors, folder / ADAPTERS, name, parameter))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Each rank reads its own slice of AdamW's moments."""
+    with _opened(folder / OPTIMIZER) as tensors:
+        for name, parameter in trained_parameters(model):
+            state: dict[str, Any] = {"step": tensors.get_tensor(f"{name}.step")[0].to(_local(parameter).device)}
+            for key in MOMENTS:
+                local = _slice(tensors, folder / OPTIMIZER, f"{name}.{key}", parameter).to(_local(parameter).device)
+                state[key] = DTensor.from_local(local, parameter.device_mesh, [Shard(0)], run_check=False,
+                                                shape=parameter.shape, stride=parameter.stride())
+            optimizer.state[parameter] = state
+
+
+def load_random_state(folder: Path, rank: int) -> bool:
+    """Restore this rank's random state; False where the checkpoint has none for it (fewer ranks wrote it)."""
+    states = load_file(folder / RNG)
+    if f"{rank}.cpu" not in states:
+        return False
+    torch.set_rng_state(states[f"{rank}.cpu"])
+    if torch.cuda.is_available() and f"{rank}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+    return True
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return read_json(folder / STATE)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{STATE}"))
+
+
+def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose hashes hold, and a line for each one that was passed over."""
+    notes = []
+    for folder in reversed(checkpoints(run)):
+        damaged = damaged_files(folder)
+        if not damaged:
+            return folder, notes
+        notes.append(f"{folder}: {', '.join(damaged)} is damaged; the checkpoint before it is used")
+    return None, notes
+
+
+def damaged_files(folder: Path) -> list[str]:
+    try:
+        expected = json.loads((folder / STATE).read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return [STATE]
+    return [name for name, digest in expected.items()
+            if not (folder / name).exists() or sha256_of(folder / name) != digest]
+
+
+def prune(run: Path, keep: int) -> None:
+    for folder in checkpoints(run)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is missing or damaged ({error}); remove that checkpoint to use the one before") from None
+
+
+def _slice(tensors, path: Path, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    piece = tensors.get_slice(name) if name in tensors.keys() else None  # noqa: SIM118 (not a dict)
+    if piece is None or tuple(piece.get_shape()) != tuple(parameter.shape):
+        found = "missing" if piece is None else f"of shape {piece.get_shape()}"
+        raise UserError(f"{path}: {name} is {found}, expected shape {list(parameter.shape)}; it is of another run")
+    if not isinstance(parameter, DTensor):
+        return piece[:]
+    start, end = local_range(parameter.shape[0], parameter.device_mesh)
+    return piece[start:end]

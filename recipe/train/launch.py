@@ -1,0 +1,254 @@
+"""`recipe train`: check, prepare, tokenise, then start the ranks and show how they get on.
+
+All that can be wrong with a request is found here, before a rank starts and before the run's folder exists. The ranks
+write metrics.jsonl and events.jsonl; what the terminal shows is read from there, so a log file, a pipe and a terminal
+all see the same, and the launcher's own output goes to train.log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from recipe.errors import Refused, UserError
+from recipe.files import require_space, write_json, write_text
+from recipe.hardware import Machine
+from recipe.prepare import Prepared
+from recipe.settings import Settings
+from recipe.train import checkpoint
+from recipe.train.manifest import manifest
+from recipe.train.run import Run, append_json, begin_or_continue, read_jsonl
+
+ACCELERATE_CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "gpus.yaml"
+PACKAGE_PARENT = Path(__file__).parent.parent.parent
+WORKER = "recipe.train.worker"
+POLL_SECONDS = 0.2
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def start(settings: Settings, name: str | None, prepared: Prepared, machine: Machine, world_size: int) -> Run:
+    """Train to the end, or on from the newest checkpoint of an unfinished run.
+
+    Raises UserError for a wrong request, Refused where the ranks failed, KeyboardInterrupt-like Stopped on a signal.
+    """
+    run, goes_on = begin_or_continue(settings, name)
+    settings.accumulation(world_size)
+    resume = None
+    if goes_on:
+        resume, notes = checkpoint.newest_sound(run.folder)
+        for note in notes:
+            say(note)
+        say(f"run {run.name} goes on from {resume.name if resume else 'the start: it has no checkpoint yet'}")
+    else:
+        _begin(run, settings, prepared, machine, world_size)
+    with run.locked():
+        _forget_after(run, checkpoint.read_state(resume)["step"] if resume else 0)
+        _supervise(run, settings, world_size, resume)
+    return run
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, after saving."""
+
+    def __init__(self, run: Run, number: int):
+        super().__init__(f"stopped and saved; go on with RUN={run.name}")
+        self.number = number
+
+
+def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, world_size: int) -> None:
+    """Tokenise, show what will be trained, and make the run's folder."""
+    from recipe.train.data import load_tokenizer, shown_rows, tokenise
+
+    tokenizer = load_tokenizer(prepared.folder, settings.data)
+    data = tokenise(settings, tokenizer)
+    for note in data.notes:
+        say(f"note: {note}")
+    needed = settings.train.global_batch_tokens
+    if data.tokens < needed:
+        raise UserError(
+            f"data.path is `{settings.data.path}`: has {data.tokens} tokens in {len(data.train)} rows, expected at least "
+            f"one global batch ({needed} tokens); add data or lower train.global_batch_tokens"
+        )
+    in_loss = sum(label != -100 for labels in data.train["labels"] for label in labels)
+    say(f"data: {len(data.train)} rows, {data.tokens:,} tokens, {in_loss:,} in the loss; {len(data.held_out)} rows held out")
+    say("the first rows as the model sees them" + (" (dim: not in the loss)" if sys.stderr.isatty()
+                                                   else " ([[...]]: not in the loss)"))
+    say(shown_rows(data.train, tokenizer, color=sys.stderr.isatty()))
+    require_space(run.folder, 64 * 2**20, "the run")
+    try:
+        (run.folder / "data").mkdir(parents=True, exist_ok=True)
+        data.train.save_to_disk(str(run.folder / "data" / "train"))
+        data.held_out.save_to_disk(str(run.folder / "data" / "held_out"))
+        write_json(run.manifest, manifest(settings, prepared, machine, world_size))
+        write_text(run.config, settings.to_yaml())  # last: its presence makes the folder a run
+    except BaseException:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+
+
+def _forget_after(run: Run, step: int) -> None:
+    """Steps after the checkpoint that training goes on from are done again: their old lines go."""
+    kept = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
+    run.metrics.unlink(missing_ok=True)
+    for line in kept:
+        append_json(run.metrics, line)
+
+
+def command(run: Run, world_size: int, resume: Path | None, on_gpu: bool) -> list[str]:
+    """accelerate launch on GPUs, torchrun on CPUs (accelerate starts several CPU processes through MPI only)."""
+    if on_gpu:
+        launcher = ["accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG),
+                    "--num_processes", str(world_size)]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+    arguments = [str(run.folder), *(["--resume", str(resume)] if resume else [])]
+    return [sys.executable, "-m", *launcher, "-m", WORKER, *arguments]
+
+
+def _environment(world_size: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0))
+    paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | None) -> None:
+    import torch
+
+    stops: list[int] = []
+    previous = {number: signal.signal(number, lambda got, _frame: stops.append(got))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    started = len(read_jsonl(run.events))
+    with open(run.log, "ab") as log:
+        process = subprocess.Popen(
+            command(run, world_size, resume, torch.cuda.is_available()), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=_environment(world_size), start_new_session=True,
+        )
+    say(f"starting {world_size} ranks (log: {run.log})")
+    forwarded = 0
+    try:
+        with Progress(run, settings, started) as progress:
+            while process.poll() is None:
+                time.sleep(POLL_SECONDS)
+                progress.update()
+                if len(stops) > forwarded:
+                    forwarded = len(stops)
+                    if forwarded == 1:
+                        progress.line("stopping after this step, with a checkpoint (again: stop at once, unsaved)")
+                        _signal_workers(process, stops[0])
+                    else:
+                        _kill(process)
+            progress.update()
+    finally:
+        if process.poll() is None:
+            _kill(process)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    errors = [event for event in read_jsonl(run.events)[started:] if event["kind"] == "error"]
+    if errors:
+        _raise(errors[0], run)
+    if stops and not run.finished:
+        raise Stopped(run, stops[0])
+    if not run.finished:
+        raise Refused(f"training ended without a result (launcher's exit code {process.returncode}); see {run.log}")
+
+
+def _raise(error: dict[str, Any], run: Run) -> None:
+    if error["exit_code"] == 2:
+        raise UserError(error["message"])
+    if "traceback" in error:
+        say(error["traceback"])
+    raise Refused(f"training failed on rank {error['rank']}: {error['message']} (log: {run.log}); "
+                  f"after a fix go on with RUN={run.name}")
+
+
+def _signal_workers(process: subprocess.Popen, number: int) -> None:
+    """To the ranks only: the launchers would end them at once instead of letting them save."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if _is_rank(child.cmdline()):
+                    child.send_signal(number)
+
+
+def _is_rank(arguments: list[str]) -> bool:
+    launchers = ("torch.distributed.run", "accelerate.commands.launch")
+    return WORKER in arguments and not any(name in arguments for name in launchers)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+class Progress:
+    """The terminal's view of a run: a bar where there is a terminal, a line every `log_every` steps elsewhere."""
+
+    def __init__(self, run: Run, settings: Settings, seen_events: int):
+        self.run, self.settings = run, settings
+        self.seen_steps = len(read_jsonl(run.metrics))
+        self.seen_events = seen_events
+        self.bar = tqdm(total=settings.train.steps, initial=self.seen_steps, unit="step", disable=not sys.stderr.isatty(),
+                        dynamic_ncols=True, desc="train")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+    def update(self) -> None:
+        events = read_jsonl(self.run.events)
+        for event in events[self.seen_events :]:
+            if event["kind"] != "error":
+                self.line(event["message"])
+        self.seen_events = len(events)
+        metrics = read_jsonl(self.run.metrics)
+        for line in metrics[self.seen_steps :]:
+            self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s")
+            self.bar.update(line["step"] - self.bar.n)
+            if self.bar.disable and line["step"] % self.settings.train.log_every == 0:
+                self.line(self._summary(metrics, line))
+        self.seen_steps = len(metrics)
+
+    def _summary(self, metrics: list[dict[str, Any]], line: dict[str, Any]) -> str:
+        total = self.settings.train.steps
+        recent = [m["step_seconds"] for m in metrics[-20:]]
+        left = f", {clock((total - line['step']) * sum(recent) / len(recent))} left" if total else ""
+        return (f"step {line['step']}{f'/{total}' if total else ''}: loss {line['loss']:.3f}, "
+                f"{line['tokens_per_second']:.0f} tokens/s{left}")
+
+    def line(self, text: str) -> None:
+        self.bar.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

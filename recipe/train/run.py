@@ -1,0 +1,150 @@
+"""A run's folder, `runs/NAME`: what lies where, and whether it is new, unfinished or finished."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.errors import UserError
+from recipe.settings import Settings, load
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What else happened (evaluations, checkpoints, warnings, errors), one JSON object per line."""
+        return self.folder / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Everything that the ranks and their launcher print."""
+        return self.folder / "train.log"
+
+    @property
+    def summary(self) -> Path:
+        """Written when training has ended well: its presence means that the run is finished."""
+        return self.folder / "summary.json"
+
+    @property
+    def adapters(self) -> Path:
+        return self.folder / "adapters"
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.exists()
+
+    def settings(self) -> Settings:
+        return load(self.config)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
+    def event(self, kind: str, message: str, **values: Any) -> None:
+        append_json(self.events, {"time": round(time.time(), 3), "kind": kind, "message": message, **values})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held while a process trains in this folder. Raises UserError where another one does."""
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}: another process trains this run now; wait for it or stop it") from None
+            yield
+
+
+def append_json(path: Path, value: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.flush()
+
+
+def new_name(settings: Settings) -> str:
+    model = (settings.model.id or "run").rstrip("/").split("/")[-1].lower()
+    return re.sub(r"[^a-z0-9._-]", "-", f"{model}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"RUN={name}: expected a name of letters, digits, `.`, `_` and `-`")
+
+
+def find_run(runs: str | Path, name: str | None) -> Run:
+    """An existing run. Raises UserError naming those that exist."""
+    folder = Path(runs)
+    found = sorted((p.parent for p in folder.glob("*/config.yaml")), key=lambda p: p.stat().st_mtime)
+    known = ", ".join(p.name for p in reversed(found[-5:])) or "none yet: `make train` makes one"
+    if name is None:
+        raise UserError(f"RUN= is not set, expected the name of a run in {folder} ({known})")
+    check_name(name)
+    if not (folder / name / "config.yaml").exists():
+        raise UserError(f"RUN={name}: no such run in {folder}, expected one of: {known}")
+    return Run(folder / name)
+
+
+def begin_or_continue(settings: Settings, name: str | None) -> tuple[Run, bool]:
+    """The run's folder, not yet made, and whether an unfinished run of that name goes on.
+
+    Raises UserError where the name stands for a finished run or one with other settings.
+    """
+    if name is not None:
+        check_name(name)
+    run = Run(Path(settings.paths.runs) / (name or new_name(settings)))
+    if run.finished:
+        raise UserError(f"RUN={run.name}: is finished already ({run.folder}), expected a new name or an unfinished run")
+    if not run.config.exists():
+        if run.folder.exists() and any(run.folder.iterdir()):
+            raise UserError(f"{run.folder}: exists and is no run (it has no config.yaml), expected a new name")
+        return run, False
+    difference = first_difference(run.settings().to_dict(), settings.to_dict())
+    if difference:
+        raise UserError(
+            f"RUN={run.name}: was begun with other settings ({difference}), expected the same; use another RUN= or "
+            f"CONFIG={run.config}"
+        )
+    return run, True
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    for section, values in new.items():
+        for key, value in values.items():
+            before = old.get(section, {}).get(key)
+            if before != value:
+                return f"{section}.{key} was {before}, is {value}"
+    return None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of ours; a last line that was cut by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split(os.linesep)
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,156 @@
+"""TRL's SFTTrainer on a model that is already sharded: our loss over packed rows, our evaluation, our checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from trl import SFTConfig, SFTTrainer
+
+from recipe.settings import Settings
+from recipe.train import checkpoint
+from recipe.train.data import IGNORED
+from recipe.train.run import Run
+
+
+class ShardedSFTTrainer(SFTTrainer):
+    """SFTTrainer for an FSDP2 model that recipe.engine.load has sharded.
+
+    transformers leaves placement and gradient reduction alone (is_distributed_loading_by_transformers). What is
+    replaced: the loss (head only where a token has a label), evaluation (weighted by tokens over all ranks), and
+    saving and loading (no pickle, never the frozen base).
+    """
+
+    def __init__(self, *args: Any, run: Run, keep_checkpoints: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.run = run
+        self.keep_checkpoints = keep_checkpoints
+        self.step_tokens = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of the token losses over the labels of all ranks' micro-batches of this step.
+
+        FSDP2 averages gradients over ranks, so each rank's share is scaled up by their number.
+        """
+        total, count = token_losses(model, inputs)
+        self.step_tokens += inputs["input_ids"].numel()
+        if num_items_in_batch is None:
+            return total / max(count, 1)
+        return total * dist.get_world_size() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Gradients are reduced once per step, after the last micro-batch."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Mean loss per token over the held-out rows (a collective). Draws no random numbers."""
+        was_training = self.model.training
+        self.model.eval()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        total = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for start in range(0, len(self.eval_dataset), world):
+                # Every rank must run the same number of forwards, since each gathers layers: the last round may repeat.
+                mine = start + rank < len(self.eval_dataset)
+                inputs = self.data_collator([self.eval_dataset[start + rank if mine else start]])
+                loss, count = token_losses(self.model, self._prepare_inputs(inputs))
+                if mine:
+                    total += torch.tensor([loss.item(), count], dtype=torch.float64)
+        dist.all_reduce(total)
+        self.model.train(was_training)
+        loss = (total[0] / total[1]).item() if total[1] else float("nan")
+        if self.is_world_process_zero():
+            self.run.event("evaluation", f"held-out loss {loss:.4f}", step=self.state.global_step, loss=loss,
+                           tokens=int(total[1]))
+        return {f"{metric_key_prefix}_loss": loss}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = self.run.checkpoint(self.state.global_step)
+        state = {"step": self.state.global_step, "scheduler": self.lr_scheduler.state_dict()}
+        trainer_state = json.dumps(dataclasses.asdict(self.state), sort_keys=True)
+        checkpoint.save(folder, self.model, self.optimizer.optimizer, state, trainer_state)
+        if self.is_world_process_zero():
+            checkpoint.prune(self.run.folder, self.keep_checkpoints)
+            self.run.event("checkpoint", f"saved {folder.name}", step=self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        checkpoint.load_parameters(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder) -> None:
+        if checkpoint_folder is None:
+            return
+        folder = Path(checkpoint_folder)
+        checkpoint.load_optimizer(folder, self.model, self.optimizer.optimizer)
+        self.lr_scheduler.load_state_dict(checkpoint.read_state(folder)["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint_folder) -> None:
+        if checkpoint_folder is not None and not checkpoint.load_random_state(Path(checkpoint_folder), dist.get_rank()):
+            self.run.event("warning", "resumed on more ranks than the checkpoint has: their dropout starts afresh")
+
+
+def token_losses(model, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """Sum of the cross-entropy over labelled tokens of one packed row (1, tokens), and their number.
+
+    The head is computed only where the next token has a label: prompts cost no logits.
+    """
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[0, 1:]
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    count = len(positions)
+    # A row without labels still takes part in every gather.
+    kept = positions if count else positions.new_zeros(1)
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
+    losses = F.cross_entropy(logits.float(), targets[kept].clamp(min=0), reduction="sum")
+    return (losses if count else losses * 0), count
+
+
+def training_arguments(settings: Settings, run: Run, world_size: int) -> SFTConfig:
+    train = settings.train
+    return SFTConfig(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=1,  # one packed row of micro_batch_tokens
+        gradient_accumulation_steps=settings.accumulation(world_size),
+        max_steps=train.steps or -1,
+        num_train_epochs=train.epochs or 1.0,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.scheduler, train.scheduler),
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=train.seed,
+        data_seed=train.seed,
+        bf16=False,  # FSDP2's MixedPrecisionPolicy computes in bf16 and keeps fp32 masters: no autocast on top
+        fp16=False,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=settings.compute.activation_checkpointing,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        eval_strategy="steps" if train.eval_every else "no",
+        eval_steps=train.eval_every or None,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        report_to=[],
+        disable_tqdm=True,
+        include_num_input_tokens_seen="no",
+    )

@@ -1,0 +1,131 @@
+"""One rank of a run: started by `recipe train` through torchrun (CPUs) or accelerate launch (GPUs).
+
+    torchrun --nproc_per_node 2 -m recipe.train.worker runs/NAME [--resume runs/NAME/checkpoints/step-000010]
+
+Everything about the run stands in its folder: config.yaml and the tokenised rows under data/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import set_seed
+
+from recipe.engine.attention import attention_name
+from recipe.engine.devices import attention_kind, compute_device, compute_dtype
+from recipe.engine.load import load_sharded
+from recipe.errors import Refused, UserError
+from recipe.files import read_json, write_json
+from recipe.train.data import PackedCollator, load_tokenizer, packed
+from recipe.train.run import Run
+from recipe.train.trainer import ShardedSFTTrainer, training_arguments
+from recipe.train.watch import StopRequest, Watch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--resume", type=Path)
+    arguments = parser.parse_args()
+    run = Run(arguments.run)
+    try:
+        train(run, arguments.resume)
+    except (UserError, Refused) as error:
+        run.event("error", str(error), exit_code=error.exit_code, rank=_rank())
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            run.event("error", f"{type(error).__name__}: {error}", exit_code=1, rank=_rank(),
+                      traceback=traceback.format_exc())
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(run: Run, resume: Path | None) -> None:
+    stop = StopRequest()
+    stop.install()
+    started = time.perf_counter()
+    settings = run.settings()
+    device = join_process_group()
+    set_seed(settings.train.seed)
+    dtype = compute_dtype(settings)
+    kind = attention_kind(settings, dtype)
+    model_folder = Path(read_json(run.manifest)["model"]["folder"])
+    mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
+    model = load_sharded(model_folder, settings.lora, mesh, device, dtype, attention_name(kind), settings.train.seed)
+    tokenizer = load_tokenizer(model_folder, settings.data)
+    train_rows, held_out = (Dataset.load_from_disk(str(run.folder / "data" / name)) for name in ("train", "held_out"))
+    watch = Watch(run, stop)
+    trainer = ShardedSFTTrainer(
+        model=model,
+        args=training_arguments(settings, run, dist.get_world_size()),
+        data_collator=PackedCollator(),
+        train_dataset=packed(train_rows, settings.micro_batch_tokens, settings.train.seed),
+        eval_dataset=packed(held_out, settings.micro_batch_tokens, settings.train.seed),
+        processing_class=tokenizer,
+        callbacks=[watch],
+        run=run,
+        keep_checkpoints=settings.train.keep_checkpoints,
+    )
+    watch.trainer = trainer
+    first = dist.get_rank() == 0
+    if first:
+        run.event("loaded", f"model sharded over {dist.get_world_size()} ranks in {time.perf_counter() - started:.0f} s "
+                  f"({str(dtype).removeprefix('torch.')}, attention {kind})")
+    if resume is None and len(held_out):
+        trainer.evaluate()
+    # Each run of the same seed draws the same dropout, whether or not it evaluated before.
+    set_seed(settings.train.seed + dist.get_rank())
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.signal or trainer.state.global_step < trainer.state.max_steps:
+        if first:
+            run.event("stopped", f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
+                      step=trainer.state.global_step)
+        return
+    if not run.checkpoint(trainer.state.global_step).exists():
+        trainer._save_checkpoint(trainer.model, None)
+    held_out_loss = trainer.evaluate()["eval_loss"] if len(held_out) else None
+    if first:
+        write_json(run.summary, {
+            "steps": trainer.state.global_step,
+            "train_loss": result.training_loss,
+            "held_out_loss": held_out_loss,
+            "checkpoint": run.checkpoint(trainer.state.global_step).name,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+        })
+        run.event("finished", f"finished {trainer.state.global_step} steps", step=trainer.state.global_step)
+
+
+def join_process_group() -> torch.device:
+    """gloo for what lies on CPUs and NCCL between GPUs; also for a single process without a launcher."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = compute_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    return device
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+if __name__ == "__main__":
+    main()
