@@ -4,8 +4,8 @@ Plain Python 3.10, standard library only, and nothing of ours: a bare host can r
 (`python3 recipe/hardware.py` prints JSON) before anything is installed. Limits of containers count: cores follow the
 CPU affinity and the cgroup's quota, memory the cgroup's limit.
 
-Nothing here judges; preflight does. The one exception is `refuse_unsupported`, which must answer before the set-up.
-All functions that read the system take its root folder, so that tests can give them another tree.
+Nothing here judges; preflight does. The one exception is `refuse_unsupported`, which must answer before the
+set-up. All functions that read the system take its root folder, so that tests can give them another tree.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def probe(folder: str | Path = ".", root: str | Path = "/") -> Machine:
 def refuse_unsupported(system: str | None = None, arch: str | None = None) -> str | None:
     """The one line that says why this platform cannot run the recipe, or None where it can.
 
-    An AMD GPU is no reason: the demo runs on the CPU beside it. Preflight refuses it for configs that need a GPU.
+    An AMD GPU is no reason: the demo runs on the CPU beside it. Preflight refuses it where a GPU is needed.
     """
     system = system or platform.system()
     arch = arch or platform.machine()
@@ -200,7 +200,7 @@ def usable_cores(root: Path) -> int:
 
 
 def nvidia_gpus() -> tuple[list[Gpu], str | None]:
-    """The GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, and what went wrong, if anything did."""
+    """The GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, and what went wrong, if anything."""
     program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
     if program is None:
         return [], None
@@ -278,8 +278,8 @@ def _visible(gpus: list[Gpu], selection: str | None) -> list[Gpu]:
 def _cgroup_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
     """Folders that may limit this process, with the cgroup version: its own and every one above it.
 
-    In a container /proc/self/cgroup may show the host's path, which does not exist inside: then only the mount's own
-    folder is read, and that one is the container's.
+    In a container /proc/self/cgroup may show the host's path, which does not exist inside: then only the
+    mount's own folder is read, and that one is the container's.
     """
     mount = root / "sys/fs/cgroup"
     folders = []

@@ -1,6 +1,6 @@
 """`recipe plan`: does this run fit on this machine, part by part, and how long must it take at least?
 
-Answers in a second, without a GPU, without weights and without network. Nothing of torch or transformers is imported.
+Answers in a second, without a GPU, without weights and without network; imports no torch.
 """
 
 from recipe.plan.budget import Plan, make_plan

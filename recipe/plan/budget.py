@@ -1,4 +1,4 @@
-"""The plan: what a run needs, what the machine has, and if it does not fit, why and what would make it fit."""
+"""The plan: what a run needs, what the machine has, and if it does not fit, why and what would help."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def make_plan(
         vram_gib: memory of each GPU; None: the machine's smallest.
         ram_gib: host RAM; None: the machine's, or its container's limit.
         disk_gib: free disk; None: the machine's.
-        prepared: where the NF4 checkpoint of this model lies or will lie (recipe.prepare.prepared_folder); its
-            config.json gives the shape of a model that the built-in table does not know.
+        prepared: where the NF4 checkpoint of this model lies or will lie (recipe.prepare.prepared_folder);
+            its config.json gives the shape of a model that the built-in table does not know.
 
     Raises:
         UserError: unknown model, batch sizes that no world size divides, or a GPU without a size.
@@ -147,7 +147,9 @@ def make_plan(
         on_disk_gib=_size_gib(prepared) if ready and prepared else 0.0,
         card=card.name if card and on_gpu else None,
         card_assumed=not real,
-        floor_seconds=floor_seconds(shape.parameters, tokens * steps, card, world_size)
+        floor_seconds=floor_seconds(
+            shape.parameters, tokens * steps, card, world_size, settings.compute.activation_checkpointing
+        )
         if card and on_gpu and steps
         else None,
     )

@@ -1,14 +1,15 @@
 """How fast a step can be at best: arithmetic alone, against a card's dense rate.
 
-QLoRA with full recomputation needs 6 FLOP per parameter and token: forward 2, recomputation 2, gradients of the inputs
-2; frozen weights need no gradient of their own. Nothing runs at a card's full rate, so every time is an "at least".
+QLoRA with full recomputation needs 6 FLOP per parameter and token: forward 2, recomputation 2, gradients of
+the inputs 2; frozen weights need no gradient of their own. Nothing runs at a card's full rate, so every time
+is an "at least".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOP_PER_PARAMETER_AND_TOKEN = 6
+FORWARD = BACKWARD = RECOMPUTATION = 2  # FLOP per parameter and token
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ CARDS = [
 
 def slowest_card(names: list[str]) -> Card | None:
     """The slowest of the cards that nvidia-smi calls so; None where the rate of one is not known here."""
-    # "NVIDIA RTX A6000" and "NVIDIA A100-SXM4-80GB" contain their card's name; "RTX 6000 Ada" is another card.
+    # "NVIDIA RTX A6000" and "NVIDIA A100-SXM4-80GB" contain their card's name; "RTX 6000 Ada" is another.
     cards = [next((card for card in CARDS if card.name in name), None) for name in names]
     known = [card for card in cards if card]
     return min(known, key=lambda card: card.tflops) if known and len(known) == len(cards) else None
@@ -45,6 +46,7 @@ def card_with(vram_gib: float) -> Card | None:
     return min(near, key=lambda card: card.tflops, default=None)
 
 
-def floor_seconds(parameters: int, tokens: int, card: Card, gpus: int) -> float:
+def floor_seconds(parameters: int, tokens: int, card: Card, gpus: int, recompute: bool = True) -> float:
     """Seconds below which that many tokens cannot be trained on so many cards."""
-    return FLOP_PER_PARAMETER_AND_TOKEN * parameters * tokens / (card.tflops * 1e12 * gpus)
+    flop = FORWARD + BACKWARD + (RECOMPUTATION if recompute else 0)
+    return flop * parameters * tokens / (card.tflops * 1e12 * gpus)

@@ -1,11 +1,12 @@
 """Where the memory goes, part by part, computed from the model's shape and the settings alone.
 
-On a GPU machine the "device" parts lie in each GPU's memory; on a CPU they lie in host RAM, once per rank. A step has
-two moments that may be its peak: the loss (all logits at once), and the backward of one decoder layer (its recomputed
-activations). Both hold the static parts and every checkpoint; the larger one is what counts.
+On a GPU machine the "device" parts lie in each GPU's memory; on a CPU they lie in host RAM, once per rank. A
+step has two moments that may be its peak: the loss (all logits at once), and the backward of one decoder
+layer (its recomputed activations). Both hold the static parts and every checkpoint; the larger one is what
+counts.
 
-Not modelled yet: offloading weights, embedding or checkpoints to host RAM, a head sharded over the vocabulary, and
-activations kept instead of recomputed. The training code does none of these yet either.
+Not modelled yet: offloading weights, embedding or checkpoints to host RAM, a head sharded over the
+vocabulary, and activations kept instead of recomputed. The training code does none of these yet either.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ ABSMAX_BLOCK = 64  # weights that share one absmax constant
 NESTED_BLOCK = 256  # absmax constants that share one fp32 constant under double quantisation
 FP32 = 4
 
-# What a GPU process takes outside torch's allocator: the CUDA context with its kernels, and NCCL's buffers and channels.
+# What a GPU process takes outside torch's allocator: the CUDA context with its kernels, and NCCL's buffers
+# and channels.
 CUDA_CONTEXT_GIB = 0.5
 NCCL_GIB = 0.4
-# torch's allocator rounds up and fragments: up to 0.9 GiB between allocated and reserved was seen (FACTS, section 3).
+# torch's allocator rounds up and fragments: up to 0.9 GiB between allocated and reserved was seen (FACTS,
+# section 3).
 ALLOCATOR_SLACK_GIB = 0.5
 # Interpreter, torch, transformers, TRL and their arenas; on a GPU also CUDA's host side and pinned buffers.
 CPU_PROCESS_GIB = 1.5
@@ -88,7 +91,7 @@ def host_parts(device: list[Part], world_size: int, on_gpu: bool) -> list[Part]:
 
 
 def prepare_gib(shape: ModelShape, on_gpu: bool) -> float:
-    """Peak host RAM of `recipe prepare`: one process, an output shard, and the largest tensors in 16 and 32 bits."""
+    """Peak host RAM of `recipe prepare`: a process, an output shard, the largest tensor in 16 and 32 bits."""
     largest_linear = max(outputs * inputs for outputs, inputs in shape.linears.values())
     tensors = max(PREPARE_SHARD_BYTES, shape.embedding_parameters * 2) + largest_linear * (2 + FP32)
     return (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) + tensors / GIB
@@ -126,7 +129,6 @@ def _static(shape: ModelShape, settings: Settings, world_size: int, width: int) 
     lora = shape.lora_parameters(settings.lora.rank, settings.lora.target_modules)
     small = shape.parameters - linear - shape.embedding_parameters - shape.head_parameters
     embedding = shape.embedding_parameters * width
-    checkpoints = shape.layers * settings.micro_batch_tokens * shape.hidden * width
     divided = f"1/{world_size} per rank" if world_size > 1 else "one rank holds all"
     parts = [
         Part("NF4 weights", linear * NF4_BYTES / world_size / GIB, divided),
@@ -141,11 +143,20 @@ def _static(shape: ModelShape, settings: Settings, world_size: int, width: int) 
         Part("LoRA weights", lora * FP32 / world_size / GIB, f"fp32, {divided}"),
         Part("LoRA gradients", lora * FP32 / world_size / GIB, f"fp32, {divided}"),
         Part("AdamW state", lora * 2 * FP32 / world_size / GIB, f"two fp32 moments, {divided}"),
-        Part("activation checkpoints", checkpoints / GIB, "input of every layer"),
+        _kept_activations(shape, settings, width),
     ]
     if shape.tied:
         parts.insert(3, Part("embedding gathered", embedding / GIB, "tied: whole while a step runs"))
     return parts
+
+
+def _kept_activations(shape: ModelShape, settings: Settings, width: int) -> Part:
+    """What the forward keeps of every layer for the backward."""
+    if settings.compute.activation_checkpointing:
+        inputs = shape.layers * settings.micro_batch_tokens * shape.hidden * width
+        return Part("activation checkpoints", inputs / GIB, "input of every layer")
+    whole = shape.layers * _activation_bytes(shape, settings, width)
+    return Part("activations", whole / GIB, "of every layer: activation_checkpointing is off")
 
 
 def _gathered_layer_bytes(shape: ModelShape, settings: Settings, width: int) -> float:
@@ -155,7 +166,7 @@ def _gathered_layer_bytes(shape: ModelShape, settings: Settings, width: int) -> 
 
 
 def _loss_moment(shape: ModelShape, settings: Settings, width: int) -> list[Part]:
-    """The head is gathered (flat buffer, then copied out), then all logits exist with their fp32 copy and gradient."""
+    """The head is gathered (flat buffer, then copied out), then all logits exist, with copy and gradient."""
     head = shape.head_parameters * width
     logits = settings.micro_batch_tokens * shape.vocab * (width + FP32 + FP32)
     return [
@@ -172,19 +183,16 @@ def _layer_moment(shape: ModelShape, settings: Settings, width: int) -> list[Par
     """The backward of one decoder layer while the next one is gathered."""
     layer = _gathered_layer_bytes(shape, settings, width)
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
+    recomputed = _activation_bytes(shape, settings, width) if settings.compute.activation_checkpointing else 0
     return [
         Part("gathered layers", 3 * layer / GIB, "this one, and the next: flat buffer and copy"),
         Part("dequantised weights", 2 * largest * width / GIB, "the largest linear layer, twice"),
-        Part(
-            "activations of a layer",
-            _activation_bytes(shape, settings, width) / GIB,
-            "recomputed in the backward",
-        ),
+        Part("activations of a layer", recomputed / GIB, "recomputed in the backward"),
     ]
 
 
 def _activation_bytes(shape: ModelShape, settings: Settings, width: int) -> float:
-    """What the recomputation of one layer keeps for its backward, by its tensors, and two gradients of the MLP."""
+    """What one layer keeps for its backward, tensor by tensor, and two gradients of the MLP."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     hidden = (
         4 * shape.hidden * width + 2 * shape.hidden * FP32

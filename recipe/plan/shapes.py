@@ -1,7 +1,8 @@
 """The shape of a model, which is all that a plan needs: no weights, no torch, no network.
 
-A shape comes from a `config.json` (a local folder, or one already prepared), else from a small table of the models
-that this recipe was written for. Dense Llama, Mistral and Qwen models only; `check_supported` names what is not.
+A shape comes from a `config.json` (a local folder, or one already prepared), else from a small table of the
+models that this recipe was written for. Dense Llama, Mistral and Qwen models only; `check_supported` names
+what is not.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def shape_of(model_id: str | None, config_folders: Iterable[str | Path] = ()) ->
     name = re.sub(r"^meta-|-instruct(?=-v|$)", "", model_id.lower().rpartition("/")[2])
     if name not in KNOWN:
         raise UserError(
-            f"model.id is `{model_id}`, whose shape is not known here; expected one of {', '.join(KNOWN)}, or a "
-            "folder with config.json; run `recipe prepare` first, or download its config.json and name that folder"
+            f"model.id is `{model_id}`, whose shape is not known here; expected one of "
+            f"{', '.join(KNOWN)}, or a folder with config.json; run `recipe prepare` first, or download its "
+            "config.json and name that folder"
         )
     return KNOWN[name]
 
@@ -150,8 +152,8 @@ def check_supported(config: dict[str, Any], where: str) -> None:
     if experts or "moe" in str(family) or family == "mixtral":
         count = f" ({experts} {config[experts]})" if experts else ""
         raise UserError(
-            f"{where}: {name} is a mixture of experts{count}, expected {SUPPORTED}: bitsandbytes silently leaves the "
-            "experts unquantised, so nearly the whole model would stay in 16 bits"
+            f"{where}: {name} is a mixture of experts{count}, expected {SUPPORTED}: "
+            "bitsandbytes silently leaves the experts unquantised, so nearly the whole model would stay in 16 bits"
         )
     other_inputs = next(
         (key for key in ("vision_config", "audio_config", "text_config") if config.get(key)), None

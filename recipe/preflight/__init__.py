@@ -1,7 +1,7 @@
-"""`recipe preflight`: is this machine able to do this run? Every check says what it found, expected, and what to do.
+"""`recipe preflight`: is this machine able to do this run? Every check says what to do.
 
-A check is a function with a name, a measurement, a threshold and a remedy; each file here is one group of them. No
-check changes anything, and none needs the model or the network.
+A check is a function with a name, a measurement, a threshold and a remedy; each file here is one group of
+them. No check changes anything, and none needs the model or the network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run_checks(
     prepared: Path | None = None,
     lock_folder: Path = REPOSITORY,
 ) -> list[Check]:
-    """All checks in the order in which they are worth reading; takes about 5 s, nearly all of it importing torch."""
+    """All checks, in the order in which they are worth reading; about 5 s, nearly all to import torch."""
     context = Context(settings, machine, plan, prepared, lock_folder)
     # Without GPUs, `present` has said all that there is to say.
     gpus = gpu.WITH_GPUS if machine.gpus and context.on_gpu else []
@@ -48,7 +48,7 @@ def to_dict(checks: list[Check]) -> dict[str, Any]:
 
 
 def render(checks: list[Check]) -> str:
-    """A line per check, and below it, where something is wrong, what was expected and what to do; 100 columns."""
+    """A line per check; where something is wrong, also what was expected and what to do; 100 columns."""
     lines = []
     for check in checks:
         head = f"{MARKS[check.status]}  {check.name:<18}  "

@@ -49,8 +49,8 @@ class Context:
     def stack(self) -> dict[str, Any]:
         """What recipe/preflight/stack.py found: importing torch, CUDA, an NF4 round trip.
 
-        In a process of its own: a broken library may abort the interpreter, and a CUDA context would take GPU memory
-        from the training that follows.
+        In a process of its own: a broken library may abort the interpreter, and a CUDA context would take GPU
+        memory from the training that follows.
         """
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         command = [sys.executable, "-m", "recipe.preflight.stack", self.plan.device]

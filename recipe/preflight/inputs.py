@@ -1,4 +1,4 @@
-"""Checks of what the run reads: the prepared model, the data, the chat template. None of them reads everything."""
+"""Checks of what the run reads: the prepared model, the data, the chat template. None reads everything."""
 
 from __future__ import annotations
 

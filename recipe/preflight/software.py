@@ -1,4 +1,4 @@
-"""Checks of the software: the versions of the lock, and that torch and bitsandbytes really work on this device."""
+"""Checks of the software: the versions of the lock, and that torch and bitsandbytes really work here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the software work, not only exist? Imports torch, quantises and dequantises with bitsandbytes, prints JSON.
+"""Does the software work, not only exist? Imports torch, does an NF4 round trip, prints JSON.
 
 Runs in a process of its own (see Context.stack): `python -m recipe.preflight.stack cpu|gpu`.
 """
@@ -13,7 +13,7 @@ SIDE = 512  # a matrix large enough for double quantisation (more than 256 block
 
 
 def look(device: str) -> dict[str, Any]:
-    """Versions, CUDA devices that torch sees, and the error of an NF4 round trip (relative, root mean square)."""
+    """Versions, GPUs that torch sees, and the error of an NF4 round trip (relative, root mean square)."""
     found: dict[str, Any] = {}
     try:
         import torch

@@ -1,4 +1,4 @@
-"""What a plan promises: numbers near the measured ones, in the right order, and reasons that say what would help."""
+"""What a plan promises: numbers near the measured ones, and reasons that say what would help."""
 
 import dataclasses
 import json
@@ -139,6 +139,12 @@ def test_time_is_the_floor_of_arithmetic():
     assert plan.card == "RTX 3090" and plan.card_assumed
     assert 100 * 16384 / plan.floor_seconds == pytest.approx(335.4, abs=0.5)
     assert on_paper(train={"steps": None, "epochs": 1}).floor_seconds is None
+
+
+def test_without_activation_checkpointing_there_is_more_memory_and_less_arithmetic():
+    kept = on_paper(compute={"activation_checkpointing": False})
+    assert kept.vram_needed_gib > on_paper().vram_needed_gib + 40
+    assert kept.floor_seconds == pytest.approx(on_paper().floor_seconds * 4 / 6)
 
 
 def test_mixed_cards_go_at_the_pace_of_the_slowest():
