@@ -60,6 +60,8 @@ def test_counts_are_those_of_transformers(family, tied):
         head_dim=32,
         vocab_size=128,
         tie_word_embeddings=tied,
+        # Llama's biases are on o_proj too, Qwen2's are always there and never on o_proj.
+        **({"attention_bias": True} if family == "llama" else {}),
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -92,6 +94,10 @@ def test_lora_parameters_of_70b():
                 "n_routed_experts": 256,
             },
             ["mixture of experts (n_routed_experts 256)"],
+        ),
+        (
+            {"architectures": ["GptOssMoeForCausalLM"], "model_type": "gpt_moe"},
+            ["GptOssMoeForCausalLM is a mixture of experts, expected"],
         ),
         (
             {
