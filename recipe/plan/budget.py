@@ -106,25 +106,26 @@ def make_plan(
     Args:
         gpus: GPUs to plan for; 0 is a CPU run; None: those of the machine.
         vram_gib: memory of each GPU; None: the machine's smallest.
-        ram_gib: host RAM; None: the machine's, or its container's limit.
-        disk_gib: free disk; None: the machine's.
+        ram_gib: host RAM; None: the machine's, or its container's limit. Where gpus and vram_gib describe
+            another machine, RAM and disk that are not given are not judged.
+        disk_gib: free disk; None: as for RAM.
         prepared: where the NF4 checkpoint of this model lies or will lie (recipe.prepare.prepared_folder);
             its config.json gives the shape of a model that the built-in table does not know.
 
     Raises:
         UserError: unknown model, batch sizes that no world size divides, or a GPU without a size.
     """
+    # Cards described by number and size are another machine's, and so are the RAM and the disk beside them.
+    here = None if gpus and vram_gib is not None else machine
     gpus, vram_gib = _gpus(machine, gpus, vram_gib)
     shape = shape_of(settings.model.id, [prepared] if prepared else [])
     on_gpu = gpus > 0
     world_size = _world_size(settings, gpus)
     device = memory.device_parts(shape, settings, world_size, on_gpu)
     model_disk, run_disk = memory.disk_parts(shape, settings)
-    ready = prepared is not None and (prepared / "config.json").is_file()
+    ready = here is not None and prepared is not None and (prepared / "config.json").is_file()
     steps, tokens = settings.train.steps, settings.train.global_batch_tokens
-    # A machine on paper may have other cards than this one.
-    real = machine is not None and bool(machine.gpus) and vram_gib == _smallest(machine)
-    card = slowest_card([gpu.name for gpu in machine.gpus]) if real and machine else card_with(vram_gib or 0)
+    card = slowest_card([gpu.name for gpu in here.gpus]) if here else card_with(vram_gib or 0)
     plan = Plan(
         model=settings.model.id or "",
         parameters=shape.parameters,
@@ -132,8 +133,8 @@ def make_plan(
         device="gpu" if on_gpu else "cpu",
         world_size=world_size,
         vram_gib=vram_gib,
-        ram_gib=ram_gib if ram_gib is not None else (machine.usable_ram_gib if machine else None),
-        disk_gib=disk_gib if disk_gib is not None else (machine.disk_free_gib if machine else None),
+        ram_gib=ram_gib if ram_gib is not None else (here.usable_ram_gib if here else None),
+        disk_gib=disk_gib if disk_gib is not None else (here.disk_free_gib if here else None),
         micro_batch_tokens=settings.micro_batch_tokens,
         accumulation=settings.accumulation(world_size),
         tokens_per_step=tokens,
@@ -146,7 +147,7 @@ def make_plan(
         run_disk_parts=run_disk,
         on_disk_gib=_size_gib(prepared) if ready and prepared else 0.0,
         card=card.name if card and on_gpu else None,
-        card_assumed=not real,
+        card_assumed=here is None,
         floor_seconds=floor_seconds(
             shape.parameters, tokens * steps, card, world_size, settings.compute.activation_checkpointing
         )

@@ -129,6 +129,12 @@ def test_the_machine_is_taken_where_nothing_else_is_said():
     assert make_plan(settings("demo"), machine(gpus=[])).device == "cpu"
 
 
+def test_another_machine_is_not_judged_by_this_ones_ram_and_disk():
+    plan = make_plan(settings(), machine(gpus=[], ram_total_gib=2, disk_free_gib=1), gpus=2, vram_gib=48)
+    assert plan.fits and plan.ram_gib is None and plan.disk_gib is None
+    assert not make_plan(settings(), machine(gpus=[card("RTX A6000", 48)] * 2, disk_free_gib=1)).fits
+
+
 def test_a_container_limit_is_the_ram():
     assert make_plan(settings("demo"), machine(gpus=[], ram_total_gib=64, ram_limit_gib=2)).ram_gib == 2
 
@@ -163,7 +169,7 @@ def test_a_prepared_model_needs_no_disk_again_and_gives_its_shape(tmp_path):
         "num_attention_heads": 4, "vocab_size": 512,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plan = make_plan(settings("some/new-model"), gpus=0, ram_gib=8, prepared=tmp_path)
+    plan = make_plan(settings("some/new-model"), machine(gpus=[]), ram_gib=8, prepared=tmp_path)
     assert plan.parameters < 1e6 and plan.prepare_gib == 0
     assert plan.disk_needed_gib == pytest.approx(sum(part.gib for part in plan.run_disk_parts))
     assert "prepared already" in render(plan)
