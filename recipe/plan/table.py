@@ -15,7 +15,11 @@ def render(plan: Plan) -> str:
     blocks = [_head(plan), _device(plan), _host(plan), _disk(plan), _time(plan)]
     blocks.append(["Not modelled:", *(_wrap(f"- {text}") for text in plan.not_modelled)])
     if plan.fits:
-        blocks.append(["It fits."])
+        sizes = {"host RAM": plan.ram_gib, "disk": plan.disk_gib}
+        unknown = [name for name, size in sizes.items() if size is None]
+        blocks.append(
+            [f"It fits (not compared, since not given: {', '.join(unknown)})." if unknown else "It fits."]
+        )
     else:
         blocks.append(["It does not fit:", *(_wrap(f"- {reason}") for reason in plan.reasons)])
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"

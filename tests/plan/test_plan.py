@@ -132,6 +132,7 @@ def test_the_machine_is_taken_where_nothing_else_is_said():
 def test_another_machine_is_not_judged_by_this_ones_ram_and_disk():
     plan = make_plan(settings(), machine(gpus=[], ram_total_gib=2, disk_free_gib=1), gpus=2, vram_gib=48)
     assert plan.fits and plan.ram_gib is None and plan.disk_gib is None
+    assert render(plan).endswith("It fits (not compared, since not given: host RAM, disk).\n")
     assert not make_plan(settings(), machine(gpus=[card("RTX A6000", 48)] * 2, disk_free_gib=1)).fits
 
 
