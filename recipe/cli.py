@@ -17,7 +17,13 @@ from recipe import __version__
 from recipe.errors import Refused, UserError
 from recipe.settings import Settings, load
 
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,14 +55,24 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"recipe {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, help: str, run, config: bool = False, run_name: bool = False) -> argparse.ArgumentParser:
+    def add(
+        name: str, help: str, run, config: bool = False, run_name: bool = False
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run_command=run)
         if config:
             sub.add_argument("--config", required=True, metavar="FILE", help="a YAML, as in recipe/configs/")
-            sub.add_argument("--data", metavar="PATH", help="training data in place of the config's data.path")
-        sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                         help="one setting, may be repeated")
+            sub.add_argument(
+                "--data", metavar="PATH", help="training data in place of the config's data.path"
+            )
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            dest="overrides",
+            help="one setting, may be repeated",
+        )
         if run_name:
             sub.add_argument("--run", metavar="NAME", help="a run in the runs folder")
         sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
@@ -69,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     add("preflight", "is this machine able to do it", _preflight, config=True)
     add("prepare", "find or download the model and quantise it to NF4", _prepare, config=True)
     add("train", "train, or go on with an unfinished run", _train, config=True, run_name=True)
-    evaluate = add("eval", "held-out loss, perplexity and samples, without and with the adapters", _eval, run_name=True)
+    evaluate = add(
+        "eval", "held-out loss, perplexity and samples, without and with the adapters", _eval, run_name=True
+    )
     evaluate.add_argument("--samples", type=int, metavar="N", help="prompts to answer in full")
     add("export", "a PEFT folder, verified in a fresh process", _export, run_name=True)
     chat = add("chat", "talk to the trained model", _chat, run_name=True)
@@ -108,7 +126,9 @@ def load_runs_folder(overrides: list[str]) -> str:
         key, value = _parse_override(text)
         if key == "paths.runs":
             return from_dict({"paths": {"runs": value}}, {"paths.runs": f"--set {text}: "}).paths.runs
-        raise UserError(f"--set {text}: expected paths.runs=FOLDER here; a run's settings stand in its config.yaml")
+        raise UserError(
+            f"--set {text}: expected paths.runs=FOLDER here; a run's settings stand in its config.yaml"
+        )
     return Paths().runs
 
 
@@ -122,8 +142,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     machine = _machine(settings)
-    plan = make_plan(settings, machine, gpus=arguments.gpus, vram_gib=arguments.vram_gib, ram_gib=arguments.ram_gib,
-                     prepared=prepared_folder(settings))
+    plan = make_plan(
+        settings,
+        machine,
+        gpus=arguments.gpus,
+        vram_gib=arguments.vram_gib,
+        ram_gib=arguments.ram_gib,
+        prepared=prepared_folder(settings),
+    )
     _print(plan.to_dict()) if arguments.json else print(render(plan))
     return 0 if plan.fits else 1
 
@@ -149,7 +175,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     prepared = prepare(settings)
     size = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
     if arguments.json:
-        _print({"folder": str(prepared.folder), "name": prepared.name, "bytes": size, "fresh": prepared.fresh})
+        _print(
+            {"folder": str(prepared.folder), "name": prepared.name, "bytes": size, "fresh": prepared.fresh}
+        )
     else:
         done = "quantised" if prepared.fresh else "was there already"
         print(f"{prepared.name}: {done}, {size / 2**30:.2f} GiB of NF4 in {prepared.folder}")
@@ -179,8 +207,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print({"run": run.name, **summary})
     else:
-        print(f"run {run.name}: {summary['steps']} steps, held-out loss {summary['held_out_loss']}; "
-              f"next: make export-adapters RUN={run.name}")
+        print(
+            f"run {run.name}: {summary['steps']} steps, held-out loss {summary['held_out_loss']}; "
+            f"next: make export-adapters RUN={run.name}"
+        )
     return 0
 
 
@@ -207,9 +237,9 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from recipe import demo
+    from recipe import showcase
 
-    return demo.demo(load_runs_folder(arguments.overrides), arguments.run, arguments.json)
+    return showcase.demo(load_runs_folder(arguments.overrides), arguments.run, arguments.json)
 
 
 if __name__ == "__main__":

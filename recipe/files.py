@@ -43,7 +43,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected JSON") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, fetch or make it again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); the file is damaged, fetch or make it again"
+        ) from None
 
 
 def fsync_folder(folder: Path) -> None:

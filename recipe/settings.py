@@ -38,7 +38,9 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class Model:
-    id: str | None = option(None, "hub id (org/name), local folder, or `demo` (SmolLM2-135M-Instruct from a package)")
+    id: str | None = option(
+        None, "hub id (org/name), local folder, or `demo` (SmolLM2-135M-Instruct from a package)"
+    )
     revision: str | None = option(None, "hub commit, tag or branch; pin a commit to be reproducible")
 
 
@@ -50,7 +52,9 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Lora:
-    rank: int = option(16, "r; adapter parameters and optimizer state grow linearly with it", low=1, high=1024)
+    rank: int = option(
+        16, "r; adapter parameters and optimizer state grow linearly with it", low=1, high=1024
+    )
     alpha: float = option(16.0, "the update is scaled by alpha / rank", above=0.0, high=4096.0)
     dropout: float = option(0.05, "share of the adapter's inputs zeroed while training", low=0.0, high=0.9)
     target_modules: list[str] = option(
@@ -60,35 +64,59 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    path: str | None = option(None, "JSONL file, hub id (org/name), or `demo`; DATA= on the make line sets it")
+    path: str | None = option(
+        None, "JSONL file, hub id (org/name), or `demo`; DATA= on the make line sets it"
+    )
     split: str = option("train", "split of a hub data set")
     revision: str | None = option(None, "hub commit, tag or branch of the data set")
     eval_path: str | None = option(None, "held-out rows of their own; else a share of `path` is held out")
     eval_fraction: float = option(0.1, "share of rows held out where eval_path is not set", low=0.0, high=0.5)
-    max_length: int = option(1024, "tokens per row; longer rows are counted and treated as `overlong` says",
-                             low=16, high=1_048_576)
-    overlong: str = option("error", "rows over max_length: stop and say so, leave them out, or cut them",
-                           choices=("error", "drop", "truncate"))
-    train_on: str = option("completion", "tokens in the loss: the last answer, every assistant turn, or all",
-                           choices=("completion", "assistant", "all"))
-    chat_template: str | None = option(None, "Jinja file for `messages` when the tokenizer has no chat template")
+    max_length: int = option(
+        1024, "tokens per row; longer rows are counted and treated as `overlong` says", low=16, high=1_048_576
+    )
+    overlong: str = option(
+        "error",
+        "rows over max_length: stop and say so, leave them out, or cut them",
+        choices=("error", "drop", "truncate"),
+    )
+    train_on: str = option(
+        "completion",
+        "tokens in the loss: the last answer, every assistant turn, or all",
+        choices=("completion", "assistant", "all"),
+    )
+    chat_template: str | None = option(
+        None, "Jinja file for `messages` when the tokenizer has no chat template"
+    )
 
 
 @dataclass(frozen=True)
 class Train:
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", above=0.0, high=1.0)
-    scheduler: str = option("linear", "learning-rate schedule after the warm-up",
-                            choices=("linear", "cosine", "constant"))
-    warmup_steps: int = option(0, "steps from 0 to the peak learning rate", low=0)
-    steps: int | None = option(100, "optimizer steps; null: as `epochs` says", low=1)
-    epochs: float | None = option(None, "passes over the data, where `steps` is null", above=0.0)
-    global_batch_tokens: int = option(16_384, "tokens per optimizer step over all GPUs (16,384 = 16 x 1024)", low=16)
+    scheduler: str = option(
+        "linear", "learning-rate schedule after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: int = option(0, "steps from 0 to the peak learning rate", low=0, high=10_000_000)
+    steps: int | None = option(100, "optimizer steps; null: as `epochs` says", low=1, high=10_000_000)
+    epochs: float | None = option(
+        None, "passes over the data; set `steps: null` with it", above=0.0, high=1000.0
+    )
+    global_batch_tokens: int = option(
+        16_384, "tokens per optimizer step over all GPUs (16,384 = 16 x 1024)", low=16, high=2**30
+    )
     micro_batch_tokens: int | str = option(
-        "auto", "tokens per GPU and forward pass; rows are packed to it; auto = max_length", low=16, words=("auto",)
+        "auto",
+        "tokens per GPU and forward pass; rows are packed to it; auto = max_length",
+        low=16,
+        high=2**24,
+        words=("auto",),
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0.0, high=1.0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm over all ranks; 0 = never", low=0.0)
-    optimizer: str = option("adamw", "32-bit AdamW; 8-bit states are unreliable under sharding", choices=("adamw",))
+    max_grad_norm: float = option(
+        1.0, "gradients are clipped to this norm over all ranks; 0 = never", low=0.0
+    )
+    optimizer: str = option(
+        "adamw", "32-bit AdamW; 8-bit states are unreliable under sharding", choices=("adamw",)
+    )
     seed: int = option(42, "data order, adapter initialisation and dropout", low=0, high=2**32 - 1)
     log_every: int = option(10, "steps between progress lines; metrics.jsonl has every step", low=1)
     eval_every: int = option(0, "steps between evaluations; 0 = only at the start and the end", low=0)
@@ -98,20 +126,31 @@ class Train:
 
 @dataclass(frozen=True)
 class Compute:
-    dtype: str = option("auto", "auto: bf16 where the hardware has it, else fp16 with loss scaling; fp32 on CPUs",
-                        choices=("auto", "bf16", "fp16", "fp32"))
-    attention: str = option("auto", "auto: FlashAttention-2 if installed and able, else torch's variable-length, "
-                            "else SDPA document by document", choices=("auto", "flash_attention_2", "varlen", "sdpa"))
+    dtype: str = option(
+        "auto",
+        "auto: bf16 where the hardware has it, else fp16 with loss scaling; fp32 on CPUs",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    attention: str = option(
+        "auto",
+        "auto: FlashAttention-2 if installed and able, else torch's variable-length, "
+        "else SDPA document by document",
+        choices=("auto", "flash_attention_2", "varlen", "sdpa"),
+    )
     activation_checkpointing: bool = option(
         True, "keep only each layer's input and compute the rest again: less memory, a third more arithmetic"
     )
-    processes: int | str = option("auto", "ranks; auto: one per GPU, two on a CPU", low=1, high=64, words=("auto",))
+    processes: int | str = option(
+        "auto", "ranks; auto: one per GPU, two on a CPU", low=1, high=64, words=("auto",)
+    )
 
 
 @dataclass(frozen=True)
 class Eval:
     samples: int = option(3, "held-out prompts answered in full by `eval`", low=0, high=1000)
-    exact_match: int = option(0, "held-out prompts whose greedy answer is compared with the reference; 0 = none", low=0)
+    exact_match: int = option(
+        0, "held-out prompts whose greedy answer is compared with the reference; 0 = none", low=0
+    )
     max_new_tokens: int = option(128, "longest answer of a sample", low=1, high=8192)
     batch_size: int = option(8, "prompts answered at once", low=1, high=1024)
 
@@ -200,7 +239,7 @@ def from_dict(values: dict[str, Any], sources: dict[str, str] | None = None) -> 
     for name, content in values.items():
         where = sources.get(name, sources.get(next((k for k in sources if k.startswith(f"{name}.")), ""), ""))
         if name not in sections:
-            raise UserError(f"{where}unknown section `{name}`{_suggest(name, list(sections))}")
+            raise UserError(f"{where}unknown section `{name}`{_suggest(str(name), list(sections))}")
         if name == "model" and isinstance(content, str):
             content = {"id": content}
         if content is None:
@@ -222,10 +261,17 @@ def _section(section: str, content: dict[str, Any], sources: dict[str, str]) -> 
         key = f"{section}.{name}"
         where = sources.get(key, "")
         if name not in fields:
-            everywhere = [f"{s.name}.{f.name}" for s in dataclasses.fields(Settings)
-                          for f in dataclasses.fields(globals()[s.name.capitalize()])]
+            everywhere = [
+                f"{s.name}.{f.name}"
+                for s in dataclasses.fields(Settings)
+                for f in dataclasses.fields(globals()[s.name.capitalize()])
+            ]
             elsewhere = [k for k in everywhere if k.split(".")[1] == name]
-            hint = f"; did you mean `{elsewhere[0]}`?" if elsewhere else _suggest(str(name), list(fields), section)
+            hint = (
+                f"; did you mean `{elsewhere[0]}`?"
+                if elsewhere
+                else _suggest(str(name), list(fields), section)
+            )
             raise UserError(f"{where}unknown key `{key}`{hint}")
         checked[name] = _value(key, value, hints[name], fields[name].metadata, where)
     return cls(**checked)
@@ -244,9 +290,13 @@ def _value(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
             raise fail
         for item in value:
             if limits.get("choices") and item not in limits["choices"]:
-                raise UserError(f"{where}{key} has {_shown(item)}, expected some of {', '.join(limits['choices'])}")
+                raise UserError(
+                    f"{where}{key} has {_shown(item)}, expected some of {', '.join(limits['choices'])}"
+                )
         if len(set(value)) != len(value):
-            raise UserError(f"{where}{key} names {_shown(max(value, key=value.count))} twice, expected each one once")
+            raise UserError(
+                f"{where}{key} names {_shown(max(value, key=value.count))} twice, expected each one once"
+            )
         return list(value)
     if bool in kinds:
         if isinstance(value, bool):
@@ -275,9 +325,10 @@ def _value(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
 def _cross_checks(settings: Settings, sources: dict[str, str]) -> None:
     """What no single value can tell."""
     data, train = settings.data, settings.train
-    if train.steps is None and train.epochs is None:
+    if (train.steps is None) == (train.epochs is None):
         raise UserError(
-            f"{sources.get('train.steps', '')}train.steps and train.epochs are both null, expected one of them set"
+            f"{sources.get('train.epochs', sources.get('train.steps', ''))}train.steps is {_shown(train.steps)} and "
+            f"train.epochs is {_shown(train.epochs)}, expected exactly one of them (the other one: null)"
         )
     if settings.micro_batch_tokens < data.max_length:
         raise UserError(
@@ -301,11 +352,13 @@ def _parse_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line}: not valid YAML ({problem}), expected `section:` and `  key: value`") from None
+        raise UserError(
+            f"{path}{line}: not valid YAML ({problem}), expected `section:` and `  key: value`"
+        ) from None
     if values is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode):
@@ -317,7 +370,9 @@ def _parse_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
             name = f"{prefix}{key.value}"
             line = key.start_mark.line + 1
             if name in lines:
-                raise UserError(f"{path}:{line}: `{name}` is set twice (first on line {lines[name]}), expected once")
+                raise UserError(
+                    f"{path}:{line}: `{name}` is set twice (first on line {lines[name]}), expected once"
+                )
             lines[name] = line
             if isinstance(value, yaml.MappingNode) and not prefix:
                 walk(value, f"{name}.")
@@ -332,7 +387,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text}: expected section.key=value, such as train.steps=50")
     try:
         return key.strip(), yaml.safe_load(raw) if raw.strip() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {text}: the value is not valid YAML, expected section.key=value") from None
 
 

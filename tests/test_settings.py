@@ -135,7 +135,10 @@ BAD = {
         "train:\n  global_batch_tokens: 512\n",
         ["c.yaml:2:", "global_batch_tokens is 512", "1024 tokens"],
     ),
-    "neither steps nor epochs": ("train:\n  steps: null\n", ["c.yaml:2:", "steps and train.epochs are both"]),
+    "neither steps nor epochs": ("train:\n  steps: null\n", ["c.yaml:2:", "train.steps is empty and train.epochs is empty"]),
+    "steps and epochs": ("train:\n  epochs: 2\n", ["c.yaml:2:", "train.steps is `100`", "exactly one of them"]),
+    "a key that is no text": ("1: 2\n", ["unknown section `1`"]),
+    "not a date": ("train:\n  steps: 2020-13-45\n", ["c.yaml", "not valid YAML"]),
     "warm-up longer than the run": (
         "train:\n  steps: 5\n  warmup_steps: 9\n",
         ["c.yaml:3:", "warmup_steps is 9", "train.steps (5)"],
@@ -158,7 +161,7 @@ BAD_OVERRIDES = {
     "no section": ("steps=5", ["--set steps=5", "section.key=value"]),
     "unknown key": ("train.stepz=5", ["--set train.stepz=5:", "`train.steps`"]),
     "unknown section": ("trian.steps=5", ["--set trian.steps=5:", "`train`"]),
-    "out of range": ("train.steps=0", ["--set train.steps=0:", "at least 1"]),
+    "out of range": ("train.steps=0", ["--set train.steps=0:", "from 1 to"]),
     "not YAML": ("train.steps=[1", ["--set train.steps=[1:", "not valid YAML"]),
 }
 

@@ -7,6 +7,8 @@ variable-length kernel (GPU), and SDPA document by document, which needs no (tok
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -25,32 +27,68 @@ def attention_name(kind: str) -> str:
     return {"varlen": VARLEN, "sdpa": SDPA}.get(kind, kind)
 
 
-def sdpa_by_document(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
-                     cu_seq_lens_q=None, **kwargs):
+def sdpa_by_document(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    **kwargs,
+):
     """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim)."""
     bounds = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else [0, query.shape[2]]
     outputs = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
         mask = _window(end - start, sliding_window, query.device)
         outputs.append(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def varlen(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
-           cu_seq_lens_q=None, max_length_q=None, **kwargs):
+def varlen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **kwargs,
+):
     """The same on a GPU in one kernel (torch.nn.attention.varlen, FlashAttention inside torch)."""
     from torch.nn.attention.varlen import varlen_attn
 
     tokens = query.shape[2]
     if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = torch.tensor([0, tokens], dtype=torch.int32, device=query.device), tokens
+        cu_seq_lens_q, max_length_q = (
+            torch.tensor([0, tokens], dtype=torch.int32, device=query.device),
+            tokens,
+        )
     window = (sliding_window - 1 if sliding_window else -1, 0)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                      window_size=window, enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
     return out.unsqueeze(0), None
 
 

@@ -35,7 +35,9 @@ def compute_dtype(settings: Settings) -> torch.dtype:
 def attention_kind(settings: Settings, dtype: torch.dtype) -> str:
     """`flash_attention_2`, `varlen` or `sdpa`. Raises UserError where the one asked for cannot be had."""
     wanted = settings.compute.attention
-    on_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    on_gpu = (
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    )
     able = {
         "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
         "varlen": on_gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None,

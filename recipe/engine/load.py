@@ -30,7 +30,13 @@ SINGLE = "model.safetensors"
 
 
 def load_sharded(
-    folder: Path, lora: Lora, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, attention: str, seed: int
+    folder: Path,
+    lora: Lora,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
 ) -> PeftModel:
     """The NF4 checkpoint in `folder` with fresh LoRA adapters, sharded over `mesh`.
 
@@ -60,7 +66,9 @@ def build(folder: Path, lora: Lora, dtype: torch.dtype, attention: str, checkpoi
         model.tie_weights()
         model.requires_grad_(False)
         model.config.use_cache = False
-        peft_model = get_peft_model(model, peft_config(lora), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        peft_model = get_peft_model(
+            model, peft_config(lora), low_cpu_mem_usage=True, autocast_adapter_dtype=False
+        )
         for name, module in peft_model.named_modules():
             if ".lora_A." in name or ".lora_B." in name:
                 module.float()
@@ -71,8 +79,12 @@ def build(folder: Path, lora: Lora, dtype: torch.dtype, attention: str, checkpoi
 
 def peft_config(lora: Lora) -> LoraConfig:
     return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
-        bias="none", task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
 
 
@@ -84,7 +96,9 @@ def shard(model: PeftModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     that they do not stay gathered through the step.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     core = model.get_base_model()
     units: list[nn.Module] = list(core.model.layers)
@@ -110,11 +124,14 @@ def fill(model: PeftModel, checkpoint: Checkpoint, mesh: DeviceMesh, device: tor
                 local = local_rows(initial_lora(prefix, parameter, seed), mesh).to(device)
             elif isinstance(module, NF4Linear) and key == "weight":
                 local = checkpoint.read_packed(f"{name}.weight", parameter, mesh).to(device)
-                module.quant_state = quant_state(checkpoint.constants(f"{name}.weight"), device)
+                module.quant_state = quant_state(
+                    checkpoint.constants(f"{name}.weight"), device, parameter.dtype
+                )
             else:
                 local = checkpoint.read_rows(f"{name}.{key}", parameter, mesh).to(device, parameter.dtype)
-            sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=parameter.shape,
-                                         stride=parameter.stride())
+            sharded = DTensor.from_local(
+                local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
             module.load_state_dict({key: sharded}, assign=True, strict=False)
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _rebuild_buffers(module, core.config, device)
@@ -186,12 +203,16 @@ class Checkpoint:
             try:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: is missing, cut short or damaged ({error}); run `make prepare` again") from None
+                raise UserError(
+                    f"{path}: is missing, cut short or damaged ({error}); run `make prepare` again"
+                ) from None
         return self._open[path]
 
     def _slice(self, name: str):
         if name not in self.files:
-            raise UserError(f"{self.folder}: has no tensor {name}, which its config.json asks for; prepare it again")
+            raise UserError(
+                f"{self.folder}: has no tensor {name}, which its config.json asks for; prepare it again"
+            )
         return self._file(self.files[name]).get_slice(name)
 
     def constants(self, name: str) -> dict[str, torch.Tensor]:
@@ -208,8 +229,11 @@ class Checkpoint:
         """This rank's rows of the packed NF4 bytes, viewed as the parameter's dtype, whatever they are stored as."""
         piece = self._slice(name)
         stored = piece[:0].dtype.itemsize
-        self._check(name, (torch.Size(piece.get_shape()).numel() * stored,),
-                    (parameter.numel() * parameter.dtype.itemsize,))
+        self._check(
+            name,
+            (torch.Size(piece.get_shape()).numel() * stored,),
+            (parameter.numel() * parameter.dtype.itemsize,),
+        )
         start, end = (row * parameter.dtype.itemsize for row in local_range(parameter.shape[0], mesh))
         first = start // stored
         raw = piece[first : -(-end // stored)].contiguous().view(torch.uint8).flatten()

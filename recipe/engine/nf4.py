@@ -22,13 +22,21 @@ class NF4Linear(bnb.nn.Linear4bit):
     def __init__(self, in_features: int, out_features: int, bias: bool, gather_dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=bias, device=torch.device("meta"))
         rows = in_features * out_features // 2 // gather_dtype.itemsize
-        self.weight = nn.Parameter(torch.empty(rows, 1, dtype=gather_dtype, device="meta"), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(rows, 1, dtype=gather_dtype, device="meta"), requires_grad=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out); computed in x's dtype, without bitsandbytes' repacking for CPUs with bf16."""
         return bnb.matmul_4bit(x, self.weight.view(torch.uint8), bias=self.bias, quant_state=self.quant_state)
 
 
-def quant_state(tensors: dict[str, torch.Tensor], device: torch.device) -> QuantState:
-    """The absmax constants of one weight from the tensors that stand beside it in the checkpoint."""
-    return QuantState.from_dict({key: tensor.to(device) for key, tensor in tensors.items()}, device=device)
+def quant_state(tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> QuantState:
+    """The absmax constants of one weight from the tensors that stand beside it in the checkpoint.
+
+    `dtype` is what the weight is dequantised to in the backward pass; the checkpoint names that of its source, whose
+    rounding would make fp32 gradients those of another model.
+    """
+    state = QuantState.from_dict({key: tensor.to(device) for key, tensor in tensors.items()}, device=device)
+    state.dtype = dtype
+    return state

@@ -26,7 +26,11 @@ class Prepared:
     def hashes(self) -> dict[str, str]:
         """sha256 by file name, as recorded when the files were written; empty for a checkpoint quantised elsewhere."""
         record = self.folder / RECORD
-        return {name: file["sha256"] for name, file in read_json(record)["files"].items()} if record.exists() else {}
+        return (
+            {name: file["sha256"] for name, file in read_json(record)["files"].items()}
+            if record.exists()
+            else {}
+        )
 
 
 def prepared_folder(settings: Settings) -> Path:

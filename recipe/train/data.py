@@ -45,7 +45,9 @@ def load_tokenizer(folder: Path, data: Data) -> PreTrainedTokenizerBase:
             raise UserError(f"data.chat_template is `{template}`: no such file, expected a Jinja template")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.eos_token is None:
-        raise UserError(f"{folder}: the tokenizer has no EOS token, so answers could not end; expected `eos_token`")
+        raise UserError(
+            f"{folder}: the tokenizer has no EOS token, so answers could not end; expected `eos_token`"
+        )
     return tokenizer
 
 
@@ -54,14 +56,18 @@ def tokenise(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenDat
     data = settings.data
     rows, held_out = read_training_rows(data), read_held_out_rows(data)
     if not held_out and data.eval_fraction:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(settings.train.seed)
+        ).tolist()
         count = max(1, round(len(rows) * data.eval_fraction)) if len(rows) > 1 else 0
         kept = set(order[:count])
         held_out = [rows[i] for i in sorted(kept)]
         rows = [row for i, row in enumerate(rows) if i not in kept]
     notes = [_untrained_template_note(tokenizer)] if data.chat_template else []
     train = _documents(rows, data, tokenizer, notes)
-    return TokenData(train, _documents(held_out, data, tokenizer, notes) if held_out else train.select([]), notes)
+    return TokenData(
+        train, _documents(held_out, data, tokenizer, notes) if held_out else train.select([]), notes
+    )
 
 
 def _documents(rows: list[Row], data: Data, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Dataset:
@@ -74,20 +80,24 @@ def _documents(rows: list[Row], data: Data, tokenizer: PreTrainedTokenizerBase, 
             f"({data.max_length}); raise it, or set data.overlong to drop or truncate"
         )
     if long:
-        notes.append(f"{len(long)} of {len(rows)} rows are longer than {data.max_length} tokens: {data.overlong}")
+        notes.append(
+            f"{len(long)} of {len(rows)} rows are longer than {data.max_length} tokens: {data.overlong}"
+        )
     if data.overlong == "drop":
         documents = [item for item in documents if len(item[1]) <= data.max_length]
     cut = [(ids[: data.max_length], labels[: data.max_length]) for _, ids, labels in documents]
     cut = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels)]
     if not cut:
-        raise UserError("data: no row is left with a token in the loss, expected at least one; raise data.max_length")
+        raise UserError(
+            "data: no row is left with a token in the loss, expected at least one; raise data.max_length"
+        )
     return Dataset.from_dict({"input_ids": [ids for ids, _ in cut], "labels": [labels for _, labels in cut]})
 
 
 def encode(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """input_ids and labels of one row. The first token has no label: nothing before it predicts it."""
     if row.messages is not None:
-        text, spans = _conversation(row, data, tokenizer)
+        text, spans = _conversation(row.messages, row.where, data, tokenizer)
         ids, offsets = _with_offsets(tokenizer, text)
         inside = [any(start <= a and b <= end and a < b for start, end in spans) for a, b in offsets]
     else:
@@ -103,20 +113,21 @@ def encode(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     return ids, labels
 
 
-def _conversation(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+def _conversation(
+    messages: list[dict[str, str]], where: str, data: Data, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as text, and the character spans that are in the loss."""
-    messages = row.messages
-    text = render(messages, tokenizer, row.where)
+    text = render(messages, tokenizer, where)
     if data.train_on == "all":
         return text, [(0, len(text))]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for turn in turns[-1:] if data.train_on == "completion" else turns:
-        before = render(messages[:turn], tokenizer, row.where, prompt=True)
-        after = render(messages[: turn + 1], tokenizer, row.where)
+        before = render(messages[:turn], tokenizer, where, prompt=True)
+        after = render(messages[: turn + 1], tokenizer, where)
         if not text.startswith(before) or not text.startswith(after.rstrip()):
             raise UserError(
-                f"{row.where}: the chat template changes earlier turns, so the answer of turn {turn} cannot be told "
+                f"{where}: the chat template changes earlier turns, so the answer of turn {turn} cannot be told "
                 "apart; use data.train_on: completion with the last turn only, or another data.chat_template"
             )
         # The newline that some templates put after the end-of-turn token is never generated.
@@ -124,7 +135,9 @@ def _conversation(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> t
     return text, spans
 
 
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str, prompt: bool = False) -> str:
+def render(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str, prompt: bool = False
+) -> str:
     """A conversation as the model sees it; `prompt` ends it where the answer begins."""
     if tokenizer.chat_template is None:
         raise UserError(
@@ -171,12 +184,16 @@ class PackedCollator:
             start = 0
             for length in feature["seq_lengths"]:
                 piece = slice(start, start + length)
-                documents.append({"input_ids": feature["input_ids"][piece], "labels": feature["labels"][piece]})
+                documents.append(
+                    {"input_ids": feature["input_ids"][piece], "labels": feature["labels"][piece]}
+                )
                 start += length
         return self._flatten(documents)
 
 
-def shown_rows(documents: Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 3, color: bool = True) -> str:
+def shown_rows(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 3, color: bool = True
+) -> str:
     """The first rows as the model sees them; what is not in the loss is dim, or in brackets without colour."""
     grey, plain = ("\x1b[2m", "\x1b[0m") if color else ("[[", "]]")
     lines = []

@@ -70,7 +70,7 @@ class Stopped(Exception):
 
 def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, world_size: int) -> None:
     """Tokenise, show what will be trained, and make the run's folder."""
-    from recipe.train.data import load_tokenizer, shown_rows, tokenise
+    from recipe.train.data import load_tokenizer, packed, shown_rows, tokenise
 
     tokenizer = load_tokenizer(prepared.folder, settings.data)
     data = tokenise(settings, tokenizer)
@@ -83,15 +83,21 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
             f"one global batch ({needed} tokens); add data or lower train.global_batch_tokens"
         )
     in_loss = sum(label != -100 for labels in data.train["labels"] for label in labels)
-    say(f"data: {len(data.train)} rows, {data.tokens:,} tokens, {in_loss:,} in the loss; {len(data.held_out)} rows held out")
-    say("the first rows as the model sees them" + (" (dim: not in the loss)" if sys.stderr.isatty()
-                                                   else " ([[...]]: not in the loss)"))
+    say(
+        f"data: {len(data.train)} rows, {data.tokens:,} tokens, {in_loss:,} in the loss; {len(data.held_out)} rows held out"
+    )
+    say(
+        "the first rows as the model sees them"
+        + (" (dim: not in the loss)" if sys.stderr.isatty() else " ([[...]]: not in the loss)")
+    )
     say(shown_rows(data.train, tokenizer, color=sys.stderr.isatty()))
     require_space(run.folder, 64 * 2**20, "the run")
     try:
         (run.folder / "data").mkdir(parents=True, exist_ok=True)
-        data.train.save_to_disk(str(run.folder / "data" / "train"))
-        data.held_out.save_to_disk(str(run.folder / "data" / "held_out"))
+        for name, rows in (("train", data.train), ("held_out", data.held_out)):
+            packed(rows, settings.micro_batch_tokens, settings.train.seed).save_to_disk(
+                str(run.folder / "data" / name)
+            )
         write_json(run.manifest, manifest(settings, prepared, machine, world_size))
         write_text(run.config, settings.to_yaml())  # last: its presence makes the folder a run
     except BaseException:
@@ -110,8 +116,13 @@ def _forget_after(run: Run, step: int) -> None:
 def command(run: Run, world_size: int, resume: Path | None, on_gpu: bool) -> list[str]:
     """accelerate launch on GPUs, torchrun on CPUs (accelerate starts several CPU processes through MPI only)."""
     if on_gpu:
-        launcher = ["accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG),
-                    "--num_processes", str(world_size)]
+        launcher = [
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ACCELERATE_CONFIG),
+            "--num_processes",
+            str(world_size),
+        ]
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     arguments = [str(run.folder), *(["--resume", str(resume)] if resume else [])]
@@ -137,13 +148,19 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
     import torch
 
     stops: list[int] = []
-    previous = {number: signal.signal(number, lambda got, _frame: stops.append(got))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, lambda got, _frame: stops.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     started = len(read_jsonl(run.events))
     with open(run.log, "ab") as log:
         process = subprocess.Popen(
-            command(run, world_size, resume, torch.cuda.is_available()), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=_environment(world_size), start_new_session=True,
+            command(run, world_size, resume, torch.cuda.is_available()),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=_environment(world_size),
+            start_new_session=True,
         )
     say(f"starting {world_size} ranks (log: {run.log})")
     forwarded = 0
@@ -155,7 +172,9 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
                 if len(stops) > forwarded:
                     forwarded = len(stops)
                     if forwarded == 1:
-                        progress.line("stopping after this step, with a checkpoint (again: stop at once, unsaved)")
+                        progress.line(
+                            "stopping after this step, with a checkpoint (again: stop at once, unsaved)"
+                        )
                         _signal_workers(process, stops[0])
                     else:
                         _kill(process)
@@ -171,7 +190,9 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
     if stops and not run.finished:
         raise Stopped(run, stops[0])
     if not run.finished:
-        raise Refused(f"training ended without a result (launcher's exit code {process.returncode}); see {run.log}")
+        raise Refused(
+            f"training ended without a result (launcher's exit code {process.returncode}); see {run.log}"
+        )
 
 
 def _raise(error: dict[str, Any], run: Run) -> None:
@@ -179,8 +200,10 @@ def _raise(error: dict[str, Any], run: Run) -> None:
         raise UserError(error["message"])
     if "traceback" in error:
         say(error["traceback"])
-    raise Refused(f"training failed on rank {error['rank']}: {error['message']} (log: {run.log}); "
-                  f"after a fix go on with RUN={run.name}")
+    raise Refused(
+        f"training failed on rank {error['rank']}: {error['message']} (log: {run.log}); "
+        f"after a fix go on with RUN={run.name}"
+    )
 
 
 def _signal_workers(process: subprocess.Popen, number: int) -> None:
@@ -213,8 +236,14 @@ class Progress:
         self.run, self.settings = run, settings
         self.seen_steps = len(read_jsonl(run.metrics))
         self.seen_events = seen_events
-        self.bar = tqdm(total=settings.train.steps, initial=self.seen_steps, unit="step", disable=not sys.stderr.isatty(),
-                        dynamic_ncols=True, desc="train")
+        self.bar = tqdm(
+            total=settings.train.steps,
+            initial=self.seen_steps,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            desc="train",
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -240,8 +269,10 @@ class Progress:
         total = self.settings.train.steps
         recent = [m["step_seconds"] for m in metrics[-20:]]
         left = f", {clock((total - line['step']) * sum(recent) / len(recent))} left" if total else ""
-        return (f"step {line['step']}{f'/{total}' if total else ''}: loss {line['loss']:.3f}, "
-                f"{line['tokens_per_second']:.0f} tokens/s{left}")
+        return (
+            f"step {line['step']}{f'/{total}' if total else ''}: loss {line['loss']:.3f}, "
+            f"{line['tokens_per_second']:.0f} tokens/s{left}"
+        )
 
     def line(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)

@@ -25,7 +25,9 @@ def manifest(settings: Settings, prepared: Prepared, machine: Machine, world_siz
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_commit": _git_commit(),
-        "lock_sha256": {path.name: sha256_of(path) for path in sorted(REPOSITORY.glob("requirements-*.lock"))},
+        "lock_sha256": {
+            path.name: sha256_of(path) for path in sorted(REPOSITORY.glob("requirements-*.lock"))
+        },
         "image_digest": os.environ.get("RECIPE_IMAGE_DIGEST"),
         "model": {
             "name": prepared.name,
@@ -33,9 +35,12 @@ def manifest(settings: Settings, prepared: Prepared, machine: Machine, world_siz
             "folder": str(prepared.folder),
             "sha256": prepared.hashes,
         },
-        "data": {"path": settings.data.path, "sha256": _data_hash(settings.data.path, DEMO / "train.jsonl"),
-                 "eval_path": settings.data.eval_path,
-                 "eval_sha256": _data_hash(settings.data.eval_path, DEMO / "heldout.jsonl")},
+        "data": {
+            "path": settings.data.path,
+            "sha256": _data_hash(settings.data.path, DEMO / "train.jsonl"),
+            "eval_path": settings.data.eval_path,
+            "eval_sha256": _data_hash(settings.data.eval_path, DEMO / "heldout.jsonl"),
+        },
         "world_size": world_size,
         "gpus": [gpu.name for gpu in machine.gpus],
         "driver": machine.gpus[0].driver_version if machine.gpus else None,

@@ -36,7 +36,9 @@ class Row:
 def read_training_rows(data: Data) -> list[Row]:
     """Rows of `data.path`. Raises UserError where it is missing, empty or malformed."""
     if data.path is None:
-        raise UserError("data.path is not set, expected a JSONL file, a hub id or `demo`; use DATA=file.jsonl")
+        raise UserError(
+            "data.path is not set, expected a JSONL file, a hub id or `demo`; use DATA=file.jsonl"
+        )
     return _read("data.path", data.path, data, DEMO / "train.jsonl")
 
 
@@ -54,10 +56,16 @@ def _read(key: str, path: str, data: Data, demo_file: Path) -> list[Row]:
         raise UserError(f"{key} is `{path}`: is a folder, expected a JSONL file")
     elif Path(path).exists():
         rows = list(_jsonl(Path(path)))
-    elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith((".jsonl", ".json")):
+    elif (
+        path.count("/") == 1
+        and not path.startswith((".", "/", "~"))
+        and not path.endswith((".jsonl", ".json"))
+    ):
         rows = list(_hub(key, path, data))
     else:
-        raise UserError(f"{key} is `{path}`: no such file, expected a JSONL file, a hub id (org/name) or `demo`")
+        raise UserError(
+            f"{key} is `{path}`: no such file, expected a JSONL file, a hub id (org/name) or `demo`"
+        )
     if not rows:
         raise UserError(f"{key} is `{path}`: has no rows, expected one JSON object per line")
     return rows
@@ -88,7 +96,9 @@ def _hub(key: str, path: str, data: Data) -> Iterator[Row]:
 
     try:
         rows = load_dataset(path, split=data.split, revision=data.revision)
-    except Exception as error:  # the library raises a dozen kinds for: not found, no access, no network, no such split
+    except (
+        Exception
+    ) as error:  # the library raises a dozen kinds for: not found, no access, no network, no such split
         reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{key} is `{path}`: is no local file, and the hub data set could not be loaded ({reason}); check the "
@@ -126,7 +136,9 @@ def _check_text(value: Any, where: str, key: str, empty: bool = False) -> None:
 
 def _check_messages(messages: Any, where: str, key: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {key} is {type(messages).__name__} without entries, expected a list of messages")
+        raise UserError(
+            f"{where}: {key} is {type(messages).__name__} without entries, expected a list of messages"
+        )
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}: {key}[{number}] has no text `content`, expected role and content")
@@ -135,4 +147,6 @@ def _check_messages(messages: Any, where: str, key: str) -> None:
                 f"{where}: {key}[{number}] has the role `{message.get('role')}`, expected one of {', '.join(ROLES)}"
             )
     if messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: {key} ends with the role `{messages[-1]['role']}`, expected assistant (the answer)")
+        raise UserError(
+            f"{where}: {key} ends with the role `{messages[-1]['role']}`, expected assistant (the answer)"
+        )

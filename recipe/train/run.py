@@ -77,7 +77,9 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.folder}: another process trains this run now; wait for it or stop it") from None
+                raise UserError(
+                    f"{self.folder}: another process trains this run now; wait for it or stop it"
+                ) from None
             yield
 
 
@@ -119,10 +121,14 @@ def begin_or_continue(settings: Settings, name: str | None) -> tuple[Run, bool]:
         check_name(name)
     run = Run(Path(settings.paths.runs) / (name or new_name(settings)))
     if run.finished:
-        raise UserError(f"RUN={run.name}: is finished already ({run.folder}), expected a new name or an unfinished run")
+        raise UserError(
+            f"RUN={run.name}: is finished already ({run.folder}), expected a new name or an unfinished run"
+        )
     if not run.config.exists():
         if run.folder.exists() and any(run.folder.iterdir()):
-            raise UserError(f"{run.folder}: exists and is no run (it has no config.yaml), expected a new name")
+            raise UserError(
+                f"{run.folder}: exists and is no run (it has no config.yaml), expected a new name"
+            )
         return run, False
     difference = first_difference(run.settings().to_dict(), settings.to_dict())
     if difference:

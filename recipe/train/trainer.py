@@ -74,8 +74,13 @@ class ShardedSFTTrainer(SFTTrainer):
         self.model.train(was_training)
         loss = (total[0] / total[1]).item() if total[1] else float("nan")
         if self.is_world_process_zero():
-            self.run.event("evaluation", f"held-out loss {loss:.4f}", step=self.state.global_step, loss=loss,
-                           tokens=int(total[1]))
+            self.run.event(
+                "evaluation",
+                f"held-out loss {loss:.4f}",
+                step=self.state.global_step,
+                loss=loss,
+                tokens=int(total[1]),
+            )
         return {f"{metric_key_prefix}_loss": loss}
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -100,8 +105,12 @@ class ShardedSFTTrainer(SFTTrainer):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint_folder) -> None:
-        if checkpoint_folder is not None and not checkpoint.load_random_state(Path(checkpoint_folder), dist.get_rank()):
-            self.run.event("warning", "resumed on more ranks than the checkpoint has: their dropout starts afresh")
+        if checkpoint_folder is not None and not checkpoint.load_random_state(
+            Path(checkpoint_folder), dist.get_rank()
+        ):
+            self.run.event(
+                "warning", "resumed on more ranks than the checkpoint has: their dropout starts afresh"
+            )
 
 
 def token_losses(model, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
@@ -142,8 +151,7 @@ def training_arguments(settings: Settings, run: Run, world_size: int) -> SFTConf
         activation_checkpointing=settings.compute.activation_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=train.save_every,
+        save_strategy="no",  # Watch asks for our own checkpoints; transformers refuses its own for such a model
         eval_strategy="steps" if train.eval_every else "no",
         eval_steps=train.eval_every or None,
         dataloader_drop_last=True,

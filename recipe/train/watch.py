@@ -33,8 +33,8 @@ class StopRequest:
 class Watch(TrainerCallback):
     """Collects each step's numbers over all ranks and lets rank 0 write them; agrees on stopping."""
 
-    def __init__(self, run: Run, stop: StopRequest):
-        self.run, self.stop = run, stop
+    def __init__(self, run: Run, stop: StopRequest, save_every: int):
+        self.run, self.stop, self.save_every = run, stop, save_every
         self.trainer: Any = None
         self.started = 0.0
         self.last: dict[str, Any] = {}
@@ -48,7 +48,8 @@ class Watch(TrainerCallback):
         seconds = time.perf_counter() - self.started
         tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
         shared = torch.tensor(
-            [tokens, psutil.Process().memory_info().rss / GIB, float(self.stop.signal > 0)], dtype=torch.float64
+            [tokens, psutil.Process().memory_info().rss / GIB, float(self.stop.signal > 0)],
+            dtype=torch.float64,
         )
         dist.all_reduce(shared)
         tokens, host_gib, stopping = shared.tolist()
@@ -60,20 +61,22 @@ class Watch(TrainerCallback):
             "host_ram_gib": round(host_gib, 3),
             **_gpu_sensors(),
         }
-        if stopping:
-            control.should_save = True
-            control.should_training_stop = True
+        control.should_training_stop = control.should_training_stop or bool(stopping)
+        control.should_save = control.should_training_stop or state.global_step % self.save_every == 0
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss" in logs and "grad_norm" in logs:
-            append_json(self.run.metrics, {
-                "step": state.global_step,
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
-                **self.last,
-            })
+            append_json(
+                self.run.metrics,
+                {
+                    "step": state.global_step,
+                    "loss": logs["loss"],
+                    "learning_rate": logs["learning_rate"],
+                    "grad_norm": logs["grad_norm"],
+                    **self.last,
+                },
+            )
 
 
 def _vram() -> dict[str, float | None]:
@@ -95,7 +98,9 @@ def _gpu_sensors() -> dict[str, list[float]]:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return {
-            "temperature_celsius": [pynvml.nvmlDeviceGetTemperature(h, pynvml.NVML_TEMPERATURE_GPU) for h in handles],
+            "temperature_celsius": [
+                pynvml.nvmlDeviceGetTemperature(h, pynvml.NVML_TEMPERATURE_GPU) for h in handles
+            ],
             "power_watts": [pynvml.nvmlDeviceGetPowerUsage(h) / 1000 for h in handles],
         }
     except pynvml.NVMLError:

@@ -25,7 +25,7 @@ from recipe.engine.devices import attention_kind, compute_device, compute_dtype
 from recipe.engine.load import load_sharded
 from recipe.errors import Refused, UserError
 from recipe.files import read_json, write_json
-from recipe.train.data import PackedCollator, load_tokenizer, packed
+from recipe.train.data import PackedCollator, load_tokenizer
 from recipe.train.run import Run
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from recipe.train.watch import StopRequest, Watch
@@ -44,8 +44,13 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            run.event("error", f"{type(error).__name__}: {error}", exit_code=1, rank=_rank(),
-                      traceback=traceback.format_exc())
+            run.event(
+                "error",
+                f"{type(error).__name__}: {error}",
+                exit_code=1,
+                rank=_rank(),
+                traceback=traceback.format_exc(),
+            )
         raise
     finally:
         if dist.is_initialized():
@@ -63,16 +68,20 @@ def train(run: Run, resume: Path | None) -> None:
     kind = attention_kind(settings, dtype)
     model_folder = Path(read_json(run.manifest)["model"]["folder"])
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
-    model = load_sharded(model_folder, settings.lora, mesh, device, dtype, attention_name(kind), settings.train.seed)
+    model = load_sharded(
+        model_folder, settings.lora, mesh, device, dtype, attention_name(kind), settings.train.seed
+    )
     tokenizer = load_tokenizer(model_folder, settings.data)
-    train_rows, held_out = (Dataset.load_from_disk(str(run.folder / "data" / name)) for name in ("train", "held_out"))
-    watch = Watch(run, stop)
+    train_rows, held_out = (
+        Dataset.load_from_disk(str(run.folder / "data" / name)) for name in ("train", "held_out")
+    )
+    watch = Watch(run, stop, settings.train.save_every)
     trainer = ShardedSFTTrainer(
         model=model,
         args=training_arguments(settings, run, dist.get_world_size()),
         data_collator=PackedCollator(),
-        train_dataset=packed(train_rows, settings.micro_batch_tokens, settings.train.seed),
-        eval_dataset=packed(held_out, settings.micro_batch_tokens, settings.train.seed),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=[watch],
         run=run,
@@ -81,8 +90,11 @@ def train(run: Run, resume: Path | None) -> None:
     watch.trainer = trainer
     first = dist.get_rank() == 0
     if first:
-        run.event("loaded", f"model sharded over {dist.get_world_size()} ranks in {time.perf_counter() - started:.0f} s "
-                  f"({str(dtype).removeprefix('torch.')}, attention {kind})")
+        run.event(
+            "loaded",
+            f"model sharded over {dist.get_world_size()} ranks in {time.perf_counter() - started:.0f} s "
+            f"({str(dtype).removeprefix('torch.')}, attention {kind})",
+        )
     if resume is None and len(held_out):
         trainer.evaluate()
     # Each run of the same seed draws the same dropout, whether or not it evaluated before.
@@ -90,20 +102,26 @@ def train(run: Run, resume: Path | None) -> None:
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.signal or trainer.state.global_step < trainer.state.max_steps:
         if first:
-            run.event("stopped", f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
-                      step=trainer.state.global_step)
+            run.event(
+                "stopped",
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
+                step=trainer.state.global_step,
+            )
         return
     if not run.checkpoint(trainer.state.global_step).exists():
         trainer._save_checkpoint(trainer.model, None)
     held_out_loss = trainer.evaluate()["eval_loss"] if len(held_out) else None
     if first:
-        write_json(run.summary, {
-            "steps": trainer.state.global_step,
-            "train_loss": result.training_loss,
-            "held_out_loss": held_out_loss,
-            "checkpoint": run.checkpoint(trainer.state.global_step).name,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-        })
+        write_json(
+            run.summary,
+            {
+                "steps": trainer.state.global_step,
+                "train_loss": result.training_loss,
+                "held_out_loss": held_out_loss,
+                "checkpoint": run.checkpoint(trainer.state.global_step).name,
+                "compute_dtype": str(dtype).removeprefix("torch."),
+            },
+        )
         run.event("finished", f"finished {trainer.state.global_step} steps", step=trainer.state.global_step)
 
 
@@ -113,7 +131,9 @@ def join_process_group() -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     device = compute_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)

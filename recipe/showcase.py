@@ -1,0 +1,164 @@
+"""`recipe demo`: the whole job on a small real model, stage by stage, each in a process of its own.
+
+Every stage is the command that a user would type; here they run one after the other, with their time and the peak RAM
+of their process tree beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from recipe.errors import Refused
+from recipe.files import GIB, read_json, write_json
+
+CONFIG = Path(__file__).parent / "configs" / "smollm2-135m.yaml"
+SAMPLE_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo. `minutes` is what it took on 2 cores (docs/benchmarks.md)."""
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    expected_seconds: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    stage: str
+    seconds: float
+    peak_ram_gib: float
+
+
+def stages(run: str, runs: str) -> list[Stage]:
+    config = ("--config", str(CONFIG), "--set", f"paths.runs={runs}")
+    of_run = ("--run", run, "--set", f"paths.runs={runs}")
+    return [
+        Stage("plan", "does it fit on this machine?", ("plan", *config), 2),
+        Stage("prepare", "fetch SmolLM2-135M-Instruct and quantise it to NF4", ("prepare", *config), 30),
+        Stage("preflight", "is this machine able to do it?", ("preflight", *config), 10),
+        Stage(
+            "train",
+            "two processes, each with half of every layer, train LoRA adapters",
+            ("train", *config, "--run", run),
+            150,
+        ),
+        Stage("export", "gather the adapters and verify them with plain PEFT", ("export", *of_run), 25),
+        Stage(
+            "eval",
+            "count right answers on held-out prompts, without and with the adapters",
+            ("eval", *of_run),
+            45,
+        ),
+    ]
+
+
+def demo(runs: str, name: str | None, as_json: bool) -> int:
+    """Run all stages. Raises Refused where one of them fails."""
+    run = name or time.strftime("demo-%Y%m%d-%H%M%S")
+    steps = stages(run, runs)
+    measured: list[Measured] = []
+    say(
+        f"the whole job on a small real model, about {sum(s.expected_seconds for s in steps) / 60:.0f} minutes on 2 cores"
+    )
+    for number, stage in enumerate(steps, 1):
+        say(f"\n[{number}/{len(steps)}] {stage.name}: {stage.what} (about {stage.expected_seconds} s)")
+        measured.append(_measure(stage, run, as_json))
+        say(f"      {measured[-1].seconds:.0f} s, peak RAM {measured[-1].peak_ram_gib:.1f} GiB")
+    folder = Path(runs) / run
+    report = read_json(folder / "eval.json")
+    result = {
+        "run": run,
+        "stages": [asdict(m) for m in measured],
+        "base": report["base"],
+        "tuned": report["tuned"],
+    }
+    write_json(folder / "demo.json", result)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print("\n" + render(result, folder))
+    return 0
+
+
+def render(result: dict[str, Any], folder: Path) -> str:
+    base, tuned = result["base"], result["tuned"]
+    lines = [f"{'stage':<12}{'seconds':>9}{'peak RAM, GiB':>16}"]
+    lines += [f"{m['stage']:<12}{m['seconds']:>9.0f}{m['peak_ram_gib']:>16.1f}" for m in result["stages"]]
+    lines += [
+        f"{'all':<12}{sum(m['seconds'] for m in result['stages']):>9.0f}"
+        f"{max(m['peak_ram_gib'] for m in result['stages']):>16.1f}",
+        "",
+        f"right answers on held-out prompts: before {base['exact_matches']} of {base['prompts']}, "
+        f"after {tuned['exact_matches']} of {tuned['prompts']}",
+        f"held-out loss: before {base['loss']:.3f}, after {tuned['loss']:.3f}",
+        f"verified adapters: {folder / 'adapters'}",
+        f"talk to it: make chat RUN={result['run']}",
+    ]
+    return "\n".join(lines)
+
+
+def _measure(stage: Stage, run: str, quiet: bool) -> Measured:
+    """Run one stage and sample the memory of its process tree."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipe", *stage.command], stdout=subprocess.DEVNULL if quiet else None
+    )
+    peak = PeakMemory(process.pid)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the stage got the signal too, and saves
+        raise
+    finally:
+        peak.stop()
+    if code:
+        raise Refused(
+            f"demo: `recipe {stage.command[0]}` ended with exit code {code}; the line above says why"
+        )
+    return Measured(stage.name, round(time.perf_counter() - started, 1), round(peak.gib, 2))
+
+
+class PeakMemory(threading.Thread):
+    """The largest memory of a process tree: proportional set size, so that shared pages count once."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.pid, self.gib, self._ended = pid, 0.0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(SAMPLE_SECONDS):
+            self.gib = max(self.gib, tree_memory_gib(self.pid))
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+def tree_memory_gib(pid: int) -> float:
+    total = 0
+    try:
+        for process in [(parent := psutil.Process(pid)), *parent.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return 0.0
+    return total / GIB
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
