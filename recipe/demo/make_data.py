@@ -6,7 +6,7 @@ Teams:    account (sign-in, profile, personal data), billing (payments, invoices
           offers before buying), shipping (parcels on their way), technical (devices and apps that fail).
 Urgency:  urgent where the customer names a deadline within a day or says that something stands still, else normal.
 
-A message is a request and, mostly, a remark on time. Each request occurs once as urgent and once as normal, so neither
+A message is a request and a remark on time. Each request occurs once as urgent and once as normal, so neither
 half gives the other away, and the five teams are equally frequent: one fixed answer is right in 10 % of the rows.
 Held-out messages are made of requests, remarks and products that occur in no training row, so a model that only
 remembers wordings fails on them. All sentences were written for this project; any likeness to customers is chance.
@@ -22,6 +22,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SEED = 7
+URGENCIES = ("urgent", "normal")
 
 # team -> (requests for training, requests held out); {p} is a product, {n} an amount in euros
 REQUESTS = {
@@ -84,7 +85,7 @@ REQUESTS = {
         You debited {n} euros that I never authorised.
         Can I pay for the {p} in three instalments?
         I was billed although I cancelled the subscription.
-        The discount code was not taken off the final price.
+        The discount code is missing on my invoice.
         Please change the billing address on my invoice.
         I would like to switch from card to direct debit.
         I got a payment reminder but I paid last week.
@@ -107,9 +108,9 @@ REQUESTS = {
         Please split the invoice between our two offices.
         """,
         """
-        The price of the {p} was taken from my card two times.
+        My card was charged for the {p} two times.
         I need a corrected invoice with our tax number.
-        When do I get the {n} euros back that you owe me?
+        When do I get my refund of {n} euros?
         PayPal refuses my payment for the {p}.
         You sent a reminder for a bill that I have paid.
         The voucher over {n} euros was not deducted.
@@ -133,16 +134,16 @@ REQUESTS = {
         Do you have a student price for the {p}?
         Can I try the {p} before I buy it?
         We want to equip a hotel and would like an offer.
-        Is there a cheaper model than the {p}?
+        Do you sell a cheaper model than the {p}?
         How long is the warranty if I buy the {p}?
         Do you sell spare batteries for the {p}?
         I would like to order forty units, what is your best price?
         Could someone advise me which model suits a large house?
-        Is the {p} in the sale next week as well?
+        Will you offer the {p} in the summer sale as well?
         Do you also sell to schools, and at what price?
         We are interested in becoming a reseller.
         Can I reserve the {p} until I have decided?
-        Would the {p} be right for a beginner?
+        Would you recommend the {p} to a beginner?
         Do you have a showroom where I can see the {p}?
         What would the {p} with installation cost us?
         Does the bundle include a {p}?
@@ -151,21 +152,21 @@ REQUESTS = {
         Please call me, I want to buy for our whole team.
         How many {p}s do you have in stock for a bulk order?
         Can you match the price of another shop for the {p}?
-        Is the {p} suitable for use outdoors?
+        I want to buy a {p} for outdoors, which one is right?
         We would like a demonstration of the {p} at our office.
         """,
         """
         What would thirty {p}s cost for our company?
-        Which model is best for a family of four?
+        Which model do you recommend to a family of four?
         Do you have the {p} in black as well?
         Please make us an offer for a new branch.
-        Is the {p} worth the price for a flat of two rooms?
+        Is the {p} a good buy for a flat of two rooms?
         Can you give me advice before I buy a {p}?
-        Do you grant a discount to charities?
-        I would like to buy the {p} but it is sold out.
-        Does the {p} come with a longer warranty if I order it?
-        May I see a {p} somewhere before I order?
-        Do you sell a smaller version of the {p}?
+        Do you offer charities a discount on the {p}?
+        I would like to buy the {p}, is it in stock?
+        Can I buy the {p} with a longer warranty?
+        May I try a {p} in your showroom before I buy it?
+        Do you sell a smaller model of the {p}?
         We are comparing offers, what is your price for fifty units?
         """,
     ),
@@ -262,12 +263,12 @@ REQUESTS = {
         The {p} is offline although our network works.
         The {p} crackles and then the sound is gone.
         The {p} does not charge overnight.
-        The app cannot find my {p}.
+        The app does not find my {p}.
         """,
     ),
 }
 
-# urgency -> (remarks for training, remarks held out); a normal message may also have none
+# urgency -> (remarks for training, remarks held out)
 REMARKS = {
     "urgent": (
         """
@@ -351,40 +352,27 @@ REMARKS = {
     ),
 }
 
+# products in training rows, products held out
 PRODUCTS = (
-    [
-        "thermostat",
-        "doorbell",
-        "camera",
-        "speaker",
-        "printer",
-        "lamp",
-        "router",
-        "headset",
-        "tablet",
-        "heater",
-    ],
-    ["projector", "keyboard", "scanner", "monitor", "alarm", "charger"],
+    "thermostat doorbell camera speaker printer lamp router headset tablet heater television vacuum freezer radio",
+    "projector keyboard scanner monitor",
 )
 
 
 def rows(held_out: bool) -> list[dict[str, list[dict[str, str]]]]:
     """The rows of one of the two files, in the order in which they are written."""
     chance = random.Random(f"{SEED} {'held out' if held_out else 'train'}")
-    remarks = {urgency: _Deck(_lines(texts[held_out]), chance) for urgency, texts in REMARKS.items()}
-    products = _Deck(list(PRODUCTS[held_out]), chance)
+    remarks = {urgency: _Deck(lines(texts[held_out]), chance) for urgency, texts in REMARKS.items()}
+    products = _Deck(PRODUCTS[held_out].split(), chance)
     made = []
     for team, requests in REQUESTS.items():
-        lines = _lines(requests[held_out])
-        # A held-out request is asked once, a request for training once with each urgency.
-        levels = [("urgent", "normal")] * len(lines)
-        if held_out:
-            levels = [(("urgent", "normal")[i % 2],) for i in range(len(lines))]
-        for line, wanted in zip(lines, levels, strict=True):
-            for urgency in wanted:
-                request = line.format(p=products.draw(), n=chance.randrange(12, 400))
-                remark = remarks[urgency].draw() if urgency == "urgent" or chance.random() < 0.75 else None
-                made.append(_row(_message(request, remark, chance), f"{team} | {urgency}"))
+        for number, text in enumerate(lines(requests[held_out])):
+            # A request for training is made with each urgency, a held-out one with one of them in turn.
+            for urgency in (URGENCIES[number % 2],) if held_out else URGENCIES:
+                request = text.format(p=products.draw(), n=chance.randrange(12, 400))
+                remark = remarks[urgency].draw()
+                message = f"{remark} {request}" if chance.random() < 0.25 else f"{request} {remark}"
+                made.append(_row(message, f"{team} | {urgency}"))
     chance.shuffle(made)
     return made
 
@@ -401,17 +389,11 @@ class _Deck:
         return self._left.pop()
 
 
-def _message(request: str, remark: str | None, chance: random.Random) -> str:
-    if remark is None:
-        return request
-    return f"{remark} {request}" if chance.random() < 0.25 else f"{request} {remark}"
-
-
 def _row(message: str, answer: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]}
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
