@@ -7,6 +7,7 @@ variable-length kernel (GPU), and SDPA document by document, which needs no (tok
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import torch
@@ -77,6 +78,12 @@ def varlen(
         )
     window = (sliding_window - 1 if sliding_window else -1, 0)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    shared_heads = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            shared_heads = {"enable_gqa": True}
+        else:  # torch 2.11
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -87,7 +94,7 @@ def varlen(
         max_length_q,
         scale=scaling,
         window_size=window,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **shared_heads,
     )
     return out.unsqueeze(0), None
 

@@ -37,8 +37,7 @@ def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) ->
     model.eval()
     if adapters is None:
         return model
-    tuned = PeftModel.from_pretrained(model, str(adapters), autocast_adapter_dtype=False)
-    return tuned.eval()
+    return PeftModel.from_pretrained(model, str(adapters)).eval()
 
 
 def held_out_documents(run: Run) -> list[Document]:

@@ -129,7 +129,7 @@ def token_losses(model, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
     return (losses if count else losses * 0), count
 
 
-def training_arguments(settings: Settings, run: Run, world_size: int) -> SFTConfig:
+def training_arguments(settings: Settings, run: Run, world_size: int, dtype: torch.dtype) -> SFTConfig:
     train = settings.train
     return SFTConfig(
         output_dir=str(run.folder),
@@ -146,7 +146,7 @@ def training_arguments(settings: Settings, run: Run, world_size: int) -> SFTConf
         seed=train.seed,
         data_seed=train.seed,
         bf16=False,  # FSDP2's MixedPrecisionPolicy computes in bf16 and keeps fp32 masters: no autocast on top
-        fp16=False,
+        fp16=dtype == torch.float16,  # for its loss scaling
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=settings.compute.activation_checkpointing,
         logging_steps=1,

@@ -78,7 +78,7 @@ def train(run: Run, resume: Path | None) -> None:
     watch = Watch(run, stop, settings.train.save_every)
     trainer = ShardedSFTTrainer(
         model=model,
-        args=training_arguments(settings, run, dist.get_world_size()),
+        args=training_arguments(settings, run, dist.get_world_size(), dtype),
         data_collator=PackedCollator(),
         train_dataset=train_rows,
         eval_dataset=held_out,
