@@ -238,11 +238,16 @@ def _resume(partial: Path, fingerprint: str) -> dict:
     record = partial / RECORD
     if record.exists():
         progress = read_json(record)
+        shards = {name: entry for name, entry in progress["files"].items() if name.endswith(".safetensors")}
         if progress.get("fingerprint") == fingerprint and all(
             (partial / name).exists() and (partial / name).stat().st_size == entry["bytes"]
-            for name, entry in progress["files"].items()
+            for name, entry in shards.items()
         ):
-            return progress
+            # What _finish had begun is made again, and nothing half-written may end in the record.
+            for path in partial.iterdir():
+                if path.name != RECORD and path.name not in shards:
+                    path.unlink()
+            return {"fingerprint": fingerprint, "weight_map": progress["weight_map"], "files": shards}
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return {"fingerprint": fingerprint, "weight_map": {}, "files": {}}

@@ -1,0 +1,37 @@
+"""Marks that need hardware, and small models that several tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(
+                pytest.mark.skip(reason="needs an NVIDIA GPU (torch.cuda.is_available() is False)")
+            )
+
+
+@pytest.fixture(scope="session")
+def nf4_model(tmp_path_factory):
+    """nf4_model(family="llama", tied=False, ...): folder of a tiny NF4 checkpoint, made once per session. Read only.
+
+    Its unquantised source lies beside it, in `source_of(folder)` (tests/models.py).
+    """
+    from tests.models import tiny_nf4
+
+    made: dict[tuple, Path] = {}
+
+    def get(**options) -> Path:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            made[key] = tiny_nf4(tmp_path_factory.mktemp("model"), **options)
+        return made[key]
+
+    return get
