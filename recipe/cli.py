@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -36,11 +37,12 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries among themselves
     try:
         arguments = parser().parse_args(argv)
         return arguments.run_command(arguments)
     except (UserError, Refused) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -100,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 def _settings(arguments: argparse.Namespace) -> Settings:
     overrides = list(arguments.overrides)
     if arguments.data:
-        overrides.append(f"data.path={json.dumps(arguments.data)}")
+        overrides.append(f"data.path={json.dumps(arguments.data, ensure_ascii=False)}")
     return load(arguments.config, overrides)
 
 
@@ -192,8 +194,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     machine = _machine(settings)
-    begin_or_continue(settings, arguments.run)
+    _, goes_on = begin_or_continue(settings, arguments.run)
     plan = make_plan(settings, machine, prepared=prepared_folder(settings))
+    if not goes_on:
+        launch.check(settings, plan.world_size)
     if not plan.fits:
         print(render(plan), file=sys.stderr)
         raise Refused(f"{arguments.config}: does not fit on this machine; see the reasons above")

@@ -46,6 +46,7 @@ def load_run(run: Run):
 
 def evaluate(run: Run, samples: int | None = None) -> dict[str, Any]:
     """Base and tuned model side by side; written to `eval.json` in the run's folder too."""
+    finished_checkpoint(run)
     documents = held_out_documents(run)
     if not documents:
         raise UserError(

@@ -69,12 +69,12 @@ def quantise(
     _refuse_surprises(entries, source)
     shards = _split(entries, shard_bytes)
     partial = target.with_name(f".{target.name}.partial")
-    progress = _resume(partial, _fingerprint(entries, quantization))
     require_space(
         target,
         sum(entry.target_bytes for entry in entries) - _bytes_in(partial),
         f"the NF4 model {target.name}",
     )
+    progress = _resume(partial, _fingerprint(entries, quantization))
     for pattern in COPIED:
         for path in source.folder.glob(pattern):
             if path.name != INDEX:

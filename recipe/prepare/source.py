@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipe.errors import UserError
 from recipe.files import read_json
-from recipe.plan.shapes import check_supported
+from recipe.plan.shapes import check_supported, read_config
 from recipe.prepare.demo import demo_checkpoint
 from recipe.settings import Settings
 
@@ -64,7 +64,7 @@ def check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.exists():
         raise UserError(f"{folder}: config.json is missing, expected a Hugging Face checkpoint")
-    check_supported(read_json(config), str(config))
+    check_supported(read_config(config), str(config))
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
         raise UserError(
             f"{folder}: tokenizer.json is missing, expected the tokenizer beside the weights; copy it there"

@@ -6,6 +6,7 @@ The tensors are whole, so another number of ranks can resume.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -83,7 +84,8 @@ def save(
             )
             write_text(aside / TRAINER_STATE, trainer_state)
             hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-            write_json(aside / STATE, {**state, "world_size": dist.get_world_size(), "sha256": hashes})
+            whole = {**state, "world_size": dist.get_world_size(), "sha256": hashes}
+            write_json(aside / STATE, {**whole, "state_sha256": _state_hash(whole)})
     dist.barrier()
 
 
@@ -149,14 +151,21 @@ def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
 
 def damaged_files(folder: Path) -> list[str]:
     try:
-        expected = json.loads((folder / STATE).read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
+        state = json.loads((folder / STATE).read_text())
+        found, expected = state.pop("state_sha256"), state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [STATE]
+    if found != _state_hash(state):
         return [STATE]
     return [
         name
         for name, digest in expected.items()
         if not (folder / name).exists() or sha256_of(folder / name) != digest
     ]
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def prune(run: Path, keep: int) -> None:

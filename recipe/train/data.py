@@ -40,15 +40,23 @@ def load_tokenizer(folder: Path, data: Data) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights, with `data.chat_template` where that is set."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if data.chat_template:
-        template = Path(data.chat_template)
-        if not template.is_file():
-            raise UserError(f"data.chat_template is `{template}`: no such file, expected a Jinja template")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(data)
     if tokenizer.eos_token is None:
         raise UserError(
             f"{folder}: the tokenizer has no EOS token, so answers could not end; expected `eos_token`"
         )
     return tokenizer
+
+
+def read_template(data: Data) -> str:
+    """The text of `data.chat_template`. Raises UserError where it is no file or no text."""
+    try:
+        return Path(data.chat_template or "").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        found = f"not UTF-8 text (byte {error.start})"
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror).lower()
+    raise UserError(f"data.chat_template is `{data.chat_template}`: {found}, expected a Jinja template")
 
 
 def tokenise(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenData:
@@ -86,7 +94,10 @@ def _documents(rows: list[Row], data: Data, tokenizer: PreTrainedTokenizerBase, 
     if data.overlong == "drop":
         documents = [item for item in documents if len(item[1]) <= data.max_length]
     cut = [(ids[: data.max_length], labels[: data.max_length]) for _, ids, labels in documents]
+    whole = len(cut)
     cut = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels)]
+    if len(cut) < whole:
+        notes.append(f"{whole - len(cut)} of {len(rows)} rows have no token in the loss: left out")
     if not cut:
         raise UserError(
             "data: no row is left with a token in the loss, expected at least one; raise data.max_length"
@@ -108,6 +119,7 @@ def encode(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> tuple[li
         inside = [b > start for _, b in offsets]
         if ids[-1] != tokenizer.eos_token_id:
             ids, inside = [*ids, tokenizer.eos_token_id], [*inside, True]
+        inside[-1] = True  # where the tokenizer itself has put the EOS, it stands for no text
     labels = [token if kept else IGNORED for token, kept in zip(ids, inside, strict=True)]
     labels[0] = IGNORED
     return ids, labels
@@ -123,6 +135,10 @@ def _conversation(
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for turn in turns[-1:] if data.train_on == "completion" else turns:
+        if turn == 0:
+            raise UserError(
+                f"{where}: messages[0] is the answer to nothing, expected a user or system turn before it"
+            )
         before = render(messages[:turn], tokenizer, where, prompt=True)
         after = render(messages[: turn + 1], tokenizer, where)
         if not text.startswith(before) or not text.startswith(after.rstrip()):

@@ -54,10 +54,24 @@ def start(settings: Settings, name: str | None, prepared: Prepared, machine: Mac
         say(f"run {run.name} goes on from {resume.name if resume else 'the start: it has no checkpoint yet'}")
     else:
         _begin(run, settings, prepared, machine, world_size)
-    with run.locked():
+    with run.locked() as lock:
         _forget_after(run, checkpoint.read_state(resume)["step"] if resume else 0)
-        _supervise(run, settings, world_size, resume)
+        _supervise(run, settings, world_size, resume, lock)
     return run
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """What can be told before the model is fetched and quantised, which takes hours for 70B. Raises UserError."""
+    from recipe.engine.devices import attention_kind, compute_dtype
+    from recipe.train.data import read_template
+    from recipe.train.rows import read_held_out_rows, read_training_rows
+
+    settings.accumulation(world_size)
+    attention_kind(settings, compute_dtype(settings))
+    if settings.data.chat_template:
+        read_template(settings.data)
+    read_training_rows(settings.data)
+    read_held_out_rows(settings.data)
 
 
 class Stopped(Exception):
@@ -144,7 +158,7 @@ def _environment(world_size: int) -> dict[str, str]:
     }
 
 
-def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | None) -> None:
+def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | None, lock: int) -> None:
     import torch
 
     stops: list[int] = []
@@ -161,23 +175,24 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
             stderr=log,
             env=_environment(world_size),
             start_new_session=True,
+            pass_fds=(lock,),  # where this process is killed alone, the ranks go on, and the run stays locked
         )
     say(f"starting {world_size} ranks (log: {run.log})")
-    forwarded = 0
+    told: set[int] = set()
     try:
         with Progress(run, settings, started) as progress:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 progress.update()
-                if len(stops) > forwarded:
-                    forwarded = len(stops)
-                    if forwarded == 1:
+                if len(stops) > 1:
+                    _kill(process)
+                elif stops:
+                    if not told:
                         progress.line(
                             "stopping after this step, with a checkpoint (again: stop at once, unsaved)"
                         )
-                        _signal_workers(process, stops[0])
-                    else:
-                        _kill(process)
+                        told.add(process.pid)
+                    _signal_workers(process, stops[0], told)
             progress.update()
     finally:
         if process.poll() is None:
@@ -206,12 +221,13 @@ def _raise(error: dict[str, Any], run: Run) -> None:
     )
 
 
-def _signal_workers(process: subprocess.Popen, number: int) -> None:
-    """To the ranks only: the launchers would end them at once instead of letting them save."""
+def _signal_workers(process: subprocess.Popen, number: int, told: set[int]) -> None:
+    """To the ranks only, each once, also to those that start later: the launchers would end them at once, unsaved."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if _is_rank(child.cmdline()):
+                if child.pid not in told and _is_rank(child.cmdline()):
+                    told.add(child.pid)
                     child.send_signal(number)
 
 

@@ -132,6 +132,10 @@ def _check_text(value: Any, where: str, key: str, empty: bool = False) -> None:
     if not isinstance(value, str) or not (empty or value.strip()):
         found = "empty" if isinstance(value, str) else type(value).__name__
         raise UserError(f"{where}: {key} is {found}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {key} has half of a surrogate pair, expected Unicode text") from None
 
 
 def _check_messages(messages: Any, where: str, key: str) -> None:
@@ -140,6 +144,8 @@ def _check_messages(messages: Any, where: str, key: str) -> None:
             f"{where}: {key} is {type(messages).__name__} without entries, expected a list of messages"
         )
     for number, message in enumerate(messages):
+        if isinstance(message, dict) and isinstance(message.get("content"), str):
+            _check_text(message["content"], where, f"{key}[{number}].content", empty=True)
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}: {key}[{number}] has no text `content`, expected role and content")
         if message.get("role") not in ROLES:

@@ -71,8 +71,11 @@ class Run:
         append_json(self.events, {"time": round(time.time(), 3), "kind": kind, "message": message, **values})
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Held while a process trains in this folder. Raises UserError where another one does."""
+    def locked(self) -> Iterator[int]:
+        """Held while a process trains in this folder; gives the lock's file descriptor, which children may share.
+
+        Raises UserError where another process holds it.
+        """
         with open(self.folder / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +83,7 @@ class Run:
                 raise UserError(
                     f"{self.folder}: another process trains this run now; wait for it or stop it"
                 ) from None
-            yield
+            yield file.fileno()
 
 
 def append_json(path: Path, value: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def train(run: Run, resume: Path | None) -> None:
     # Each run of the same seed draws the same dropout, whether or not it evaluated before.
     set_seed(settings.train.seed + dist.get_rank())
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if stop.signal or trainer.state.global_step < trainer.state.max_steps:
+    if trainer.state.global_step < trainer.state.max_steps:  # on all ranks alike, unlike stop.signal
         if first:
             run.event(
                 "stopped",

@@ -1,0 +1,259 @@
+"""What is in the loss is exactly the answer, and packing neither splits nor loses a document."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import processors
+
+from recipe.errors import UserError
+from recipe.settings import Data, from_dict
+from recipe.train.data import IGNORED, PackedCollator, encode, packed, shown_rows, tokenise
+from recipe.train.rows import Row
+from tests.models import CHAT_TEMPLATE, EOS, tiny_tokenizer
+
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "world, ünïcode ✓"},
+        {"role": "user", "content": "answer?"},
+        {"role": "assistant", "content": "yes\nno"},
+    ]
+}
+ALL_OF_IT = (
+    "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+    "<|im_start|>assistant\nworld, ünïcode ✓<|im_end|>\n<|im_start|>user\nanswer?<|im_end|>\n"
+    "<|im_start|>assistant\nyes\nno<|im_end|>\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def with_special_tokens(single: str):
+    """A tokenizer that adds tokens itself, as Llama's does: `single` is such as `<s> $A`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    ids = [("<s>", tokenizer.bos_token_id), (EOS, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=ids)
+    return tokenizer
+
+
+def parts(values, tokenizer, **data):
+    """The whole text of a row as the model gets it, and the labelled texts, one for each stretch."""
+    ids, labels = encode(Row(values, "here"), Data(**data), tokenizer)
+    assert labels[0] == IGNORED, "nothing predicts the first token"
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    stretches, inside = [], False
+    for label in labels:
+        if label != IGNORED:
+            stretches = stretches if inside else [*stretches, []]
+            stretches[-1].append(label)
+        inside = label != IGNORED
+    return tokenizer.decode(ids), [tokenizer.decode(stretch) for stretch in stretches]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [
+        ("completion", ["yes\nno<|im_end|>"]),
+        ("assistant", ["world, ünïcode ✓<|im_end|>", "yes\nno<|im_end|>"]),
+        ("all", [ALL_OF_IT.removeprefix("<|im_start|>")]),
+    ],
+)
+def test_of_a_conversation_the_answers_are_in_the_loss(train_on, expected, tokenizer):
+    text, labelled = parts(TALK, tokenizer, train_on=train_on)
+    assert text == ALL_OF_IT
+    assert labelled == expected
+
+
+def test_a_template_that_writes_the_bos_token_gives_it_once():
+    tokenizer = with_special_tokens("<s> $A")
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    text, labelled = parts(TALK, tokenizer)
+    assert text == "<s>" + ALL_OF_IT
+    assert labelled == ["yes\nno<|im_end|>"]
+
+
+@pytest.mark.parametrize("single", ["<s> $A", f"<s> $A {EOS}"], ids=["bos", "bos and eos"])
+@pytest.mark.parametrize(
+    ("values", "train_on", "expected"),
+    [
+        ({"prompt": "hello", "completion": " world"}, "completion", " world" + EOS),
+        ({"prompt": "hello", "completion": " world"}, "assistant", " world" + EOS),
+        ({"prompt": "hello", "completion": " world"}, "all", "hello world" + EOS),
+        ({"prompt": "", "completion": "world"}, "completion", "world" + EOS),
+        ({"text": "hello world"}, "completion", "hello world" + EOS),
+    ],
+)
+def test_plain_text_has_one_bos_and_a_learnt_eos(single, values, train_on, expected):
+    tokenizer = with_special_tokens(single)
+    text, labelled = parts(values, tokenizer, train_on=train_on)
+    assert text == "<s>" + "".join(values.values()) + EOS
+    assert labelled == [expected]
+
+
+def test_without_a_bos_token_the_first_token_of_a_text_is_not_labelled(tokenizer):
+    text, (labelled,) = parts({"text": "hello world"}, tokenizer)
+    assert text == "hello world" + EOS
+    assert labelled == text.removeprefix(tokenizer.decode(tokenizer("hello world")["input_ids"][:1]))
+
+
+def test_a_conversational_prompt_and_completion_is_a_conversation(tokenizer):
+    turns = TALK["messages"]
+    assert parts({"prompt": turns[:4], "completion": turns[4:]}, tokenizer) == parts(TALK, tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
+    with pytest.raises(UserError, match="here: the chat template changes earlier turns"):
+        parts(TALK, tokenizer)
+
+
+def test_an_answer_to_nothing_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"here: messages\[0\] is the answer to nothing"):
+        parts({"messages": [{"role": "assistant", "content": "hello"}]}, tokenizer)
+
+
+def documents(lengths) -> Dataset:
+    """Documents that can be told apart: the n-th consists of the token n."""
+    rows = [[number] * length for number, length in enumerate(lengths)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def split(row):
+    start = 0
+    for length in row["seq_lengths"]:
+        yield row["input_ids"][start : start + length], row["labels"][start : start + length]
+        start += length
+    assert start == len(row["input_ids"]) == len(row["labels"])
+
+
+def test_packing_splits_and_loses_no_document_and_wastes_little():
+    lengths = torch.randint(3, 129, (500,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = packed(documents(lengths), 256, seed=7)
+    found = {}
+    for row in rows:
+        assert len(row["input_ids"]) <= 256
+        for ids, labels in split(row):
+            assert len(set(ids)) == 1 and ids == labels and ids[0] not in found
+            found[ids[0]] = len(ids)
+    assert found == dict(enumerate(lengths))
+    assert sum(lengths) / (len(rows) * 256) > 0.97
+
+
+def test_packing_is_the_same_for_a_seed_and_another_for_another():
+    once, again, other = (packed(documents([40] * 30), 128, seed)["input_ids"] for seed in (7, 7, 8))
+    assert once == again
+    assert once != other
+
+
+def test_no_held_out_rows_pack_to_none():
+    assert len(packed(documents([5]).select([]), 128, seed=7)) == 0
+
+
+def test_the_collator_restarts_positions_and_says_where_documents_end():
+    row = {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, 6, 7, IGNORED, 9], "seq_lengths": [3, 2]}
+    batch = PackedCollator()([row])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 9]], "no document's first token is a target"
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
+
+
+def test_the_collator_never_labels_a_first_token():
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "seq_lengths": [2, 2]}
+    assert PackedCollator()([row])["labels"].tolist() == [[IGNORED, 6, IGNORED, 8]]
+
+
+def settings_for(folder, rows, **data):
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return from_dict({"data": {"path": str(path), "max_length": 32, "eval_fraction": 0.0, **data}})
+
+
+LONG = [{"text": "a"}, {"text": "b" * 50}, {"text": "c" * 20}, {"text": "d" * 40}]
+
+
+def test_an_overlong_row_stops_with_its_place_and_their_number(tokenizer, tmp_path):
+    with pytest.raises(
+        UserError,
+        match=r"data\.jsonl:2: has 51 tokens, and 2 of 4 rows are longer than data\.max_length \(32\)",
+    ):
+        tokenise(settings_for(tmp_path, LONG), tokenizer)
+
+
+def test_overlong_rows_are_dropped_and_counted(tokenizer, tmp_path):
+    data = tokenise(settings_for(tmp_path, LONG, overlong="drop"), tokenizer)
+    assert [tokenizer.decode(ids) for ids in data.train["input_ids"]] == ["a" + EOS, "c" * 20 + EOS]
+    assert data.notes == ["2 of 4 rows are longer than 32 tokens: drop"]
+
+
+def test_overlong_rows_are_cut_and_counted(tokenizer, tmp_path):
+    data = tokenise(settings_for(tmp_path, LONG, overlong="truncate"), tokenizer)
+    assert [len(ids) for ids in data.train["input_ids"]] == [2, 32, 21, 32]
+    assert data.train["labels"][1] == [IGNORED, *data.train["input_ids"][1][1:]]
+    assert data.notes == ["2 of 4 rows are longer than 32 tokens: truncate"]
+
+
+def test_a_row_whose_answer_is_cut_away_is_left_out_and_counted(tokenizer, tmp_path):
+    rows = [{"prompt": "p" * 40, "completion": "never seen"}, {"text": "a"}]
+    data = tokenise(settings_for(tmp_path, rows, overlong="truncate"), tokenizer)
+    assert len(data.train) == 1
+    assert data.notes[-1] == "1 of 2 rows have no token in the loss: left out"
+
+
+def test_the_hold_out_is_disjoint_and_the_same_every_time(tokenizer, tmp_path):
+    rows = [{"text": f"number {n}"} for n in range(40)]
+    settings = settings_for(tmp_path, rows, eval_fraction=0.25)
+    once, again = tokenise(settings, tokenizer), tokenise(settings, tokenizer)
+    train, held_out = (
+        [tokenizer.decode(ids) for ids in part["input_ids"]] for part in (once.train, once.held_out)
+    )
+    assert (len(train), len(held_out)) == (30, 10)
+    assert sorted(train + held_out) == sorted(row["text"] + EOS for row in rows)
+    assert once.held_out["input_ids"] == again.held_out["input_ids"]
+    other = dataclasses.replace(settings, train=dataclasses.replace(settings.train, seed=1))
+    assert tokenise(other, tokenizer).held_out["input_ids"] != once.held_out["input_ids"]
+
+
+def test_a_held_out_file_takes_nothing_from_the_training_rows(tokenizer, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"text": "x"}\n')
+    settings = settings_for(tmp_path, [{"text": "a"}] * 9, eval_fraction=0.5, eval_path=str(held_out))
+    data = tokenise(settings, tokenizer)
+    assert len(data.train) == 9
+    assert [tokenizer.decode(ids) for ids in data.held_out["input_ids"]] == ["x" + EOS]
+
+
+def test_a_single_row_is_trained_on_not_held_out(tokenizer, tmp_path):
+    data = tokenise(settings_for(tmp_path, [{"text": "a"}], eval_fraction=0.5), tokenizer)
+    assert (len(data.train), len(data.held_out)) == (1, 0)
+
+
+def test_a_template_from_a_file_names_the_tokens_that_a_base_model_never_trained(tokenizer, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    data = tokenise(settings_for(tmp_path, [TALK], max_length=256, chat_template=str(template)), tokenizer)
+    (note,) = data.notes
+    assert "never trained its chat tokens (<|im_end|>, <|im_start|>)" in note
+
+
+def test_the_shown_rows_mark_what_is_not_in_the_loss(tokenizer):
+    rows = [{"prompt": "hello", "completion": " world"}, TALK, TALK, TALK]
+    encoded = [encode(Row(row, "here"), Data(), tokenizer) for row in rows]
+    data = Dataset.from_dict(
+        {"input_ids": [ids for ids, _ in encoded], "labels": [label for _, label in encoded]}
+    )
+    lines = shown_rows(data, tokenizer, color=False).splitlines()
+    assert len(lines) == 3
+    assert lines[0].endswith(f"[[hello]] world{EOS}")
+    assert lines[1].endswith("<|im_start|>assistant⏎]]yes⏎no<|im_end|>[[⏎]]")
+    assert "\x1b[2mhello\x1b[0m world" in shown_rows(data, tokenizer, color=True)
