@@ -26,11 +26,7 @@ CHAT_TEMPLATE = (
 )
 # What a rank needs is imported once, in the server that the ranks are forked from: a start costs 0.1 s, not 6 s.
 PRELOADED = [
-    "recipe.train.trainer",
-    "recipe.export.plain",
-    "recipe.engine.attention",
-    "recipe.engine.load",
-    "recipe.prepare.quantise",
+    "tests.preload",
     "transformers.integrations.bitsandbytes",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",

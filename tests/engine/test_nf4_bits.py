@@ -88,29 +88,29 @@ def test_a_cast_destroys_them(folder):
             assert changed.float().mean() > 0.9
 
 
-def packed_slices(mesh, folder, name):
-    """What read_packed gives this rank, by the dtype that the parameter has."""
-    with Checkpoint(folder) as checkpoint:
-        slices = {}
-        for dtype in DTYPES:
-            rows = 2**17 // dtype.itemsize
-            parameter = torch.empty(rows, 1, dtype=dtype, device="meta")
-            local = checkpoint.read_packed(name, parameter, mesh)
-            assert local.dtype == dtype
-            slices[dtype] = bytes_of(local)
+def packed_slices(mesh, folders, name):
+    """What read_packed gives this rank of each checkpoint, by the dtype that the parameter has."""
+    slices = {}
+    for folder in folders:
+        with Checkpoint(folder) as checkpoint:
+            for dtype in DTYPES:
+                parameter = torch.empty(2**17 // dtype.itemsize, 1, dtype=dtype, device="meta")
+                local = checkpoint.read_packed(name, parameter, mesh)
+                assert local.dtype == dtype
+                slices[folder, dtype] = bytes_of(local)
     return slices
 
 
-@pytest.mark.parametrize("world", [1, 3, 7])
-def test_the_slice_of_a_rank_does_not_depend_on_the_stored_dtype(folder, tmp_path, world):
-    name, bits = "model.layers.0.mlp.gate_proj.weight", WEIGHTS["model.layers.0.mlp.gate_proj"]
-    for stored in (torch.uint8, torch.bfloat16, torch.float32):
-        one = tmp_path / str(stored)
-        one.mkdir()
-        save_file({name: bits.view(stored).reshape(-1, 1)}, one / "model.safetensors")
-        ranks = run_ranks(world, packed_slices, one, name)
-        for dtype in DTYPES:
-            expected = bits.view(dtype).chunk(world)  # the rule by which FSDP2 shards
-            assert len(expected) == world
-            for rank, mine in enumerate(expected):
-                assert torch.equal(ranks[rank][dtype], mine.view(torch.uint8))
+@pytest.mark.parametrize("world", [1, 3, 5])
+def test_the_slice_of_a_rank_does_not_depend_on_the_stored_dtype(tmp_path, world):
+    folders = [tmp_path / str(stored) for stored in (torch.uint8, *DTYPES)]
+    for folder, stored in zip(folders, (torch.uint8, *DTYPES), strict=True):
+        folder.mkdir()
+        save_file({"weight": PATTERNS.view(stored).reshape(-1, 1)}, folder / "model.safetensors")
+    ranks = run_ranks(world, packed_slices, folders, "weight")
+    for dtype in DTYPES:
+        expected = PATTERNS.view(dtype).chunk(world)  # the rule by which FSDP2 shards
+        assert len(expected) == world
+        for rank, mine in enumerate(expected):
+            for folder in folders:
+                assert torch.equal(ranks[rank][folder, dtype], mine.view(torch.uint8))

@@ -7,6 +7,7 @@ has other data, in packed rows, and holds only its slice.
 import hashlib
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ MODELS = {
     "tied": {"family": "llama", "tied": True},
     "untied": {"family": "llama", "tied": False},
     "biases": {"family": "qwen2", "tied": False},
+    "bf16": {
+        "family": "llama",
+        "tied": True,
+        "dtype": torch.bfloat16,
+    },  # the checkpoint's dtype, not the run's
 }
 # Packed rows, by the lengths of their documents: 6 micro-batches of a step, in turn to the ranks.
 ROWS = [[5, 17, 9], [30], [2, 3, 4, 20], [12, 12], [8], [21, 6]]
@@ -88,7 +94,11 @@ def plain(nf4_model):
 
 
 def plain_step(folder):
-    model = get_peft_model(load_plain(folder, torch.float32, None), peft_config(LORA))
+    model = get_peft_model(load_plain(folder, torch.float32, None), peft_config(LORA)).train()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # bitsandbytes rounds to the checkpoint's dtype in the backward pass only, whatever it computes in.
+            module.weight.quant_state.dtype = torch.float32
     parameters = trained(model)
     with torch.no_grad():
         for name, parameter in parameters.items():
