@@ -83,7 +83,8 @@ class Place:
 @pytest.fixture
 def place(tmp_path, checkpoint, quantised, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # it would try again for half a minute
     return Place(tmp_path, checkpoint, quantised)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,10 +76,12 @@ def check(settings: Settings, world_size: int) -> None:
 
 
 class Stopped(Exception):
-    """Training was stopped by a signal, after saving."""
+    """Training was stopped by a signal, after saving (a second signal: at once, with the checkpoint before)."""
 
     def __init__(self, run: Run, number: int):
-        super().__init__(f"stopped and saved; go on with RUN={run.name}")
+        saved = checkpoint.checkpoints(run.folder)
+        upto = f"saved up to {saved[-1].name}" if saved else "before anything was to be saved"
+        super().__init__(f"stopped, {upto}; go on with RUN={run.name}")
         self.number = number
 
 
@@ -167,6 +170,7 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     started = len(read_jsonl(run.events))
+    log_start = run.log.stat().st_size if run.log.exists() else 0
     with open(run.log, "ab") as log:
         process = subprocess.Popen(
             command(run, world_size, resume, torch.cuda.is_available()),
@@ -199,7 +203,12 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
             _kill(process)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    errors = [event for event in read_jsonl(run.events)[started:] if event["kind"] == "error"]
+    events = read_jsonl(run.events)[started:]
+    errors = [event for event in events if event["kind"] == "error"]
+    loaded = any(event["kind"] == "loaded" for event in events)
+    if stops and (len(stops) > 1 or not loaded) and not run.finished:
+        raise Stopped(run, stops[0])  # what ranks say that were ended so is no error
+    _raise_if_killed(run, log_start)
     if errors:
         _raise(errors[0], run)
     if stops and not run.finished:
@@ -210,13 +219,26 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
         )
 
 
+def _raise_if_killed(run: Run, log_start: int) -> None:
+    """Where the launcher saw a rank end by a signal first, the others' complaints about lost connections say nothing."""
+    log = run.log.read_bytes()[log_start:].decode(errors="replace")
+    if found := re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)", log):
+        number, rank = int(found[1]), found[2]
+        why = "; often the kernel's, when RAM runs out (see dmesg)" if number == signal.SIGKILL else ""
+        raise Refused(
+            f"training ended: rank {rank} was killed by {signal.Signals(number).name}{why}; log: {run.log}; "
+            f"go on with RUN={run.name}"
+        )
+
+
 def _raise(error: dict[str, Any], run: Run) -> None:
     if error["exit_code"] == 2:
         raise UserError(error["message"])
     if "traceback" in error:
         say(error["traceback"])
+    summary = (error["message"].splitlines() or [""])[0]
     raise Refused(
-        f"training failed on rank {error['rank']}: {error['message']} (log: {run.log}); "
+        f"training failed on rank {error['rank']}: {summary} (log: {run.log}); "
         f"after a fix go on with RUN={run.name}"
     )
 

@@ -1,0 +1,230 @@
+"""What `export` publishes is what was trained, as the plain libraries see it; anything else does not get the name."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from recipe.cli import main
+from recipe.export import chat as chat_module
+from recipe.export.plain import held_out_documents, mean_loss
+from recipe.files import sha256_of
+from recipe.train.checkpoint import _state_hash
+from recipe.train.run import Run
+from tests.train.tiny_run import flip_a_byte, make_place, train
+
+LAST = "step-000016"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs folder with `good`, trained on two ranks; every linear layer of its model is square."""
+    root = tmp_path_factory.mktemp("export")
+    config = make_place(root, 16, save_every=8, keep_checkpoints=1)
+    code, _, err = train(config, "good")
+    assert code == 0, err
+    return root / "runs"
+
+
+@pytest.fixture(scope="module")
+def exported(runs):
+    """`good`, exported; what `--json` printed."""
+    return export(runs, "good")
+
+
+@pytest.fixture
+def copy(runs, request):
+    """A copy of the run, as it was before any export, to be spoilt."""
+    folder = runs / "copy"
+    shutil.copytree(runs / "good", folder, ignore=shutil.ignore_patterns("adapters"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def export(runs, name):
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(["export", "--run", name, "--set", f"paths.runs={runs}", "--json"])
+    assert code == 0
+    return json.loads(out.getvalue())
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_plain_peft_gives_the_trainers_loss(runs, exported):
+    run = Run(runs / "good")
+    model_folder = json.loads(run.manifest.read_text())["model"]["folder"]
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(run.adapters))
+    documents = held_out_documents(run)
+    assert len(documents) == 24
+    loss = mean_loss(model.float(), documents, pad=0)
+    assert loss == pytest.approx(summary(run.folder)["held_out_loss"], abs=1e-4)
+    with model.disable_adapter():
+        assert mean_loss(model, documents, pad=0) > loss + 1
+
+
+def test_the_folder_is_a_peft_folder_with_its_proof(runs, exported):
+    folder = runs / "good" / "adapters"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "export.json",
+        "tokenizer.json",
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 8, True)
+    proof = json.loads((folder / "export.json").read_text())
+    assert exported == {"folder": str(folder), **proof}
+    assert proof["tensors"] == 2 * 7 * 2
+    loss = proof["held_out_loss"]
+    assert abs(loss["plain_peft"] - loss["trainer"]) <= loss["tolerance"] == 1e-4
+    assert all(sha256_of(folder / name) == digest for name, digest in proof["sha256"].items())
+    trained = load_file(runs / "good" / "checkpoints" / LAST / "adapters.safetensors")
+    written = load_file(folder / "adapter_model.safetensors")
+    assert trained.keys() == written.keys()
+    assert all(torch.equal(trained[name], written[name]) and written[name].any() for name in trained)
+    card = (folder / "README.md").read_text()
+    assert "rank 4, alpha 8" in card and f"{summary(runs / 'good')['held_out_loss']:.4f}" in card
+    assert not [path for path in (runs / "good").iterdir() if path.name.startswith(".adapters")]
+
+
+def change_weights(run, change):
+    """Alter the adapters of the last checkpoint and make its hashes fit, as a faulty gather would have written them."""
+    checkpoint = run / "checkpoints" / LAST
+    path = checkpoint / "adapters.safetensors"
+    tensors = load_file(path)
+    save_file(change(tensors), path, metadata={"format": "pt"})
+    state = json.loads((checkpoint / "state.json").read_text())
+    state.pop("state_sha256")
+    state["sha256"]["adapters.safetensors"] = sha256_of(path)
+    (checkpoint / "state.json").write_text(json.dumps(state | {"state_sha256": _state_hash(state)}))
+
+
+def without_rank_1(tensors):
+    """accelerate PR 4206: all but rank 0's slice is lost."""
+    for tensor in tensors.values():
+        tensor[len(tensor) // 2 :] = 0
+    return tensors
+
+
+def halves_swapped(tensors):
+    return {name: torch.cat(tensor.chunk(2)[::-1]).contiguous() for name, tensor in tensors.items()}
+
+
+def layers_swapped(tensors):
+    swap = {"layers.0": "layers.1", "layers.1": "layers.0"}
+    return {name.replace(old, swap[old]): t for name, t in tensors.items() for old in swap if old in name}
+
+
+def one_tensor_lost(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+def one_tensor_zero(tensors):
+    next(value for name, value in tensors.items() if "lora_B" in name).zero_()
+    return tensors
+
+
+def one_shape_wrong(tensors):
+    name = next(iter(tensors))
+    return tensors | {name: tensors[name][:, :-1].contiguous()}
+
+
+FAULTS = {
+    "rank 1's half zero": (without_rank_1, "held-out loss of"),
+    "halves swapped": (halves_swapped, "held-out loss of"),
+    "layers swapped": (layers_swapped, "held-out loss of"),
+    "a tensor lost": (one_tensor_lost, "tensors are not as written"),
+    "a tensor zero": (one_tensor_zero, "held-out loss of"),
+    "a shape wrong": (one_shape_wrong, "cannot load the adapters"),
+}
+
+
+def refused(run, capsys, code, *parts):
+    """The export must end with this code and one line, and leave the run as it is."""
+    before = {p: (p.read_bytes() if p.is_file() else None) for p in run.rglob("*")}
+    assert main(["export", "--run", run.name, "--set", f"paths.runs={run.parent}"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in err
+    for part in parts:
+        assert part in line
+    assert {p: (p.read_bytes() if p.is_file() else None) for p in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("change", "said"), FAULTS.values(), ids=FAULTS.keys())
+def test_adapters_that_are_not_what_was_trained_are_not_exported(change, said, copy, capsys):
+    change_weights(copy, change)
+    refused(copy, capsys, 1, "RUN=copy", said, "nothing was exported")
+    assert not (copy / "adapters").exists()
+
+
+def test_a_wrong_alpha_is_not_exported_and_older_adapters_stay(copy, runs, exported, capsys):
+    shutil.copytree(runs / "good" / "adapters", copy / "adapters")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("alpha: 8.0", "alpha: 16.0"))
+    refused(copy, capsys, 1, "held-out loss of", "nothing was exported")
+
+
+def test_a_damaged_checkpoint_is_not_exported(copy, capsys):
+    flip_a_byte(copy / "checkpoints" / LAST / "adapters.safetensors")
+    refused(copy, capsys, 2, LAST, "adapters.safetensors is missing or damaged")
+
+
+def test_no_disk_space_for_the_adapters(copy, capsys, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    refused(copy, capsys, 2, "0.0 GiB free", "the adapters")
+
+
+def test_eval_compares_base_and_tuned(runs, exported, capsys):
+    assert main(["eval", "--run", "good", "--set", f"paths.runs={runs}", "--json"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report == json.loads((runs / "good" / "eval.json").read_text())
+    base, tuned = report["base"], report["tuned"]
+    assert tuned["loss"] == pytest.approx(summary(runs / "good")["held_out_loss"], abs=1e-4)
+    assert base["loss"] > tuned["loss"] + 1
+    assert tuned["perplexity"] == pytest.approx(math.exp(tuned["loss"]))
+    assert base["prompts"] == tuned["prompts"] == 4
+    assert base["exact_matches"] == 0
+    assert len(report["samples"]) == 2
+    assert all(sample["reference"] == "the answer is yes" for sample in report["samples"])
+    assert "Warning" not in err
+
+
+def test_eval_for_people(runs, exported, capsys):
+    assert main(["eval", "--run", "good", "--set", f"paths.runs={runs}", "--samples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "24 held-out rows" in out and "exact answers" in out and "the answer is yes" in out
+
+
+def test_eval_before_export_says_what_to_do(copy, capsys):
+    assert main(["eval", "--run", "copy", "--set", f"paths.runs={copy.parent}"]) == 2
+    assert "make export-adapters RUN=copy" in capsys.readouterr().err
+
+
+def test_chat_answers_once(runs, exported, capsys, monkeypatch):
+    monkeypatch.setattr(chat_module, "MAX_NEW_TOKENS", 8)
+    command = ["chat", "--run", "good", "--set", f"paths.runs={runs}", "--once", "number 7"]
+    assert main(command) == 0
+    tuned, err = capsys.readouterr()
+    assert tuned.strip() and "number 7" not in tuned
+    assert "Warning" not in err
+    assert main([*command, "--base"]) == 0
+    assert capsys.readouterr().out != tuned

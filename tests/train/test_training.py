@@ -1,0 +1,281 @@
+"""Two real ranks: what a run leaves behind, and that it ends the same whatever happened on the way."""
+
+import json
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from recipe.cli import main
+from recipe.settings import load
+from recipe.train.checkpoint import damaged_files
+from tests.train.tiny_run import (
+    end,
+    family,
+    flip_a_byte,
+    jsonl,
+    make_place,
+    ranks,
+    running,
+    start_training,
+    train,
+    wait_for,
+    wait_for_step,
+)
+
+STEPS = 30
+STATE_FILES = {
+    "adapters.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "state.json",
+    "trainer_state.json",
+}
+METRICS = [
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "vram_allocated_gib",
+    "vram_reserved_gib",
+    "host_ram_gib",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder of a config and of an undisturbed run with dropout, `whole`, which ended in `whole_end`."""
+    config = make_place(tmp_path_factory.mktemp("place"), STEPS)
+    whole = train(config, "whole")
+    assert whole[0] == 0, whole[2]
+    return config, whole
+
+
+@pytest.fixture
+def config(place):
+    return place[0]
+
+
+@pytest.fixture
+def runs(config):
+    return config.parent / "runs"
+
+
+def adapters(run, step=STEPS):
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / "adapters.safetensors")
+
+
+def same_bits(left, right):
+    """Names of the files of two checkpoints that differ."""
+    return [
+        name
+        for name in STATE_FILES - {"state.json", "trainer_state.json"}
+        if (left / name).read_bytes() != (right / name).read_bytes()
+    ]
+
+
+def checkpoint_names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_run_folder_is_as_promised(place, runs):
+    config, _ = place
+    run = runs / "whole"
+    assert load(run / "config.yaml") == load(config)
+    assert set(yaml.safe_load((run / "config.yaml").read_text())["lora"]) == {
+        "rank",
+        "alpha",
+        "dropout",
+        "target_modules",
+    }, "fully resolved"
+    manifest = json.loads((run / "manifest.json").read_text())
+    for key in (
+        "git_commit",
+        "lock_sha256",
+        "image_digest",
+        "model",
+        "data",
+        "gpus",
+        "driver",
+        "versions",
+        "seed",
+    ):
+        assert key in manifest
+    assert manifest["world_size"] == 2
+    assert re.fullmatch("[0-9a-f]{64}", manifest["data"]["sha256"])
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest["model"]["sha256"].values())
+    assert "model-00001-of-00001.safetensors" in manifest["model"]["sha256"]
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert (run / "train.log").exists()
+    assert checkpoint_names(run) == [f"step-{step:06d}" for step in range(1, STEPS + 1)]
+    for checkpoint in (run / "checkpoints").iterdir():
+        assert {path.name for path in checkpoint.iterdir()} == STATE_FILES
+        assert damaged_files(checkpoint) == []
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["compute_dtype"]) == (STEPS, "float32")
+
+
+def test_every_step_has_its_line_of_metrics(runs):
+    lines = jsonl(runs / "whole" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert list(line) == METRICS
+        assert 0 < line["tokens"] <= 512
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"], rel=0.01)
+        assert line["host_ram_gib"] > 0.2
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[1] < rates[2] and max(rates) == pytest.approx(5e-3) and rates[-1] < rates[-2]
+
+
+def test_it_learns(runs):
+    lines = jsonl(runs / "whole" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    before, after = (e["loss"] for e in jsonl(runs / "whole" / "events.jsonl") if e["kind"] == "evaluation")
+    assert after < before / 2
+    assert json.loads((runs / "whole" / "summary.json").read_text())["held_out_loss"] == after
+
+
+def test_results_go_to_standard_output_and_progress_to_standard_error(place):
+    _, out, err = place[1]
+    assert out.startswith(f"run whole: {STEPS} steps, held-out loss ") and len(out.splitlines()) == 1
+    assert "make export-adapters RUN=whole" in out
+    assert "the first rows as the model sees them ([[...]]: not in the loss)" in err
+    assert re.search(rf"step 5/{STEPS}: loss \d+\.\d+, \d+ tokens/s, \d+:\d\d left", err)
+    assert "Warning" not in err and "Traceback" not in err
+
+
+def test_a_finished_run_is_not_trained_again(config, runs, capsys):
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    assert main(["train", "--config", str(config), "--run", "whole"]) == 2
+    assert capsys.readouterr().err.startswith("error: RUN=whole: is finished already")
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
+def test_one_rank_and_two_ranks_train_alike(config, runs):
+    """The same global batch, no dropout: rounding is all that may differ (within an epoch, whose odd pack is left out)."""
+    exact = ["--set", "lora.dropout=0", "--set", "train.steps=6"]
+    for processes in (1, 2):
+        code, _, err = train(config, f"exact-{processes}", *exact, "--set", f"compute.processes={processes}")
+        assert code == 0, err
+    one, two = (jsonl(runs / f"exact-{processes}" / "metrics.jsonl") for processes in (1, 2))
+    assert len(one) == len(two) == 6
+    for left, right in zip(one, two, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-4)
+        assert left["tokens"] == right["tokens"]
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+    left, right = (adapters(runs / f"exact-{processes}", 6) for processes in (1, 2))
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=0)
+
+
+def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, runs, capsys):
+    """Ctrl-C, SIGTERM, a rank killed, all killed, a damaged checkpoint: bit for bit the undisturbed run, dropout on."""
+    run, whole = runs / "disturbed", runs / "whole"
+
+    for number, code, name in ((signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")):
+        process = start_training(config, "disturbed")
+        wait_for_step(run, 3 if number == signal.SIGINT else 8, process)
+        if number == signal.SIGINT:
+            before = (run / "config.yaml").read_bytes()
+            assert main(["train", "--config", str(config), "--run", "disturbed"]) == 2
+            assert "another process trains this run now" in capsys.readouterr().err
+            assert (run / "config.yaml").read_bytes() == before
+        members = family(process)
+        process.send_signal(number)
+        ended, err = end(process)
+        assert ended == code, (name, err)
+        assert "stopping after this step, with a checkpoint" in err
+        assert running(members) == []
+        last = checkpoint_names(run)[-1]
+        assert err.splitlines()[-1] == f"stopped, saved up to {last}; go on with RUN=disturbed"
+        assert len(jsonl(run / "metrics.jsonl")) == int(last.removeprefix("step-")) < STEPS
+        assert same_bits(run / "checkpoints" / last, whole / "checkpoints" / last) == [], name
+
+    process = start_training(config, "disturbed")
+    wait_for_step(run, 13, process)
+    members = family(process)
+    ranks(process)[1].kill()
+    ended, err = end(process)
+    assert ended == 1, err
+    assert re.fullmatch(
+        r"error: training ended: rank 1 was killed by SIGKILL.*RUN=disturbed", err.splitlines()[-1]
+    ), err
+    assert "Traceback" not in err
+    assert running(members) == [], "an orphan"
+
+    process = start_training(config, "disturbed")
+    wait_for_step(run, 18, process)
+    for member in family(process):
+        member.kill()
+    end(process)
+
+    newest, before = checkpoint_names(run)[-1:-3:-1]
+    flip_a_byte(run / "checkpoints" / newest / "optimizer.safetensors")
+    code, _, err = train(config, "disturbed")
+    assert code == 0, err
+    assert f"{newest}: optimizer.safetensors is damaged; the checkpoint before it is used" in err
+    assert f"run disturbed goes on from {before}" in err
+    for name in checkpoint_names(whole):
+        assert same_bits(run / "checkpoints" / name, whole / "checkpoints" / name) == [], name
+    losses = [
+        [(line["step"], line["loss"]) for line in jsonl(folder / "metrics.jsonl")] for folder in (run, whole)
+    ]
+    assert losses[0] == losses[1], "each step once, as in the undisturbed run"
+    ends = [json.loads((folder / "summary.json").read_text())["held_out_loss"] for folder in (run, whole)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", sorted(STATE_FILES))
+def test_a_flipped_byte_anywhere_in_a_checkpoint_is_found(name, runs, tmp_path):
+    checkpoint = shutil.copytree(
+        runs / "whole" / "checkpoints" / f"step-{STEPS:06d}", tmp_path / "step-000001"
+    )
+    flip_a_byte(checkpoint / name)
+    assert damaged_files(checkpoint) == [name]
+
+
+def test_a_changed_number_in_the_state_is_found(runs, tmp_path):
+    checkpoint = shutil.copytree(
+        runs / "whole" / "checkpoints" / f"step-{STEPS:06d}", tmp_path / "step-000001"
+    )
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"step": 3}))
+    assert damaged_files(checkpoint) == ["state.json"]
+
+
+def test_where_only_the_parent_is_killed_the_run_stays_locked(config, runs, capsys):
+    """Its ranks live on: a second training beside them would write into the same folder."""
+    process = start_training(config, "orphaned")
+    wait_for_step(runs / "orphaned", 1, process)
+    members = family(process)
+    process.kill()
+    end(process)
+    assert main(["train", "--config", str(config), "--run", "orphaned"]) == 2
+    assert "another process trains this run now" in capsys.readouterr().err
+    for member in members:
+        if member.is_running():
+            member.kill()
+
+
+def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
+    process = start_training(config, "early")
+    wait_for(
+        lambda: [c for c in family(process)[1:] if "torch.distributed.run" in " ".join(c.cmdline())], process
+    )
+    members = family(process)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    code, err = end(process)
+    assert code == 130, err
+    assert time.monotonic() - started < 45
+    assert not (runs / "early" / "summary.json").exists()
+    assert running(members) == []
