@@ -12,23 +12,22 @@ from transformers import AutoModelForCausalLM
 
 from recipe.cli import main
 from recipe.export import chat as chat_module
+from recipe.export import evaluate
 from recipe.export.plain import held_out_documents, mean_loss
 from recipe.files import sha256_of
 from recipe.train.checkpoint import _state_hash
 from recipe.train.run import Run
-from tests.train.tiny_run import flip_a_byte, make_place, train
+from tests.train.tiny_run import PLAIN_STEPS, flip_a_byte, plain_run
 
-LAST = "step-000016"
+LAST = f"step-{PLAIN_STEPS:06d}"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs folder with `good`, trained on two ranks; every linear layer of its model is square."""
-    root = tmp_path_factory.mktemp("export")
-    config = make_place(root, 16, save_every=8, keep_checkpoints=1)
-    code, _, err = train(config, "good")
-    assert code == 0, err
-    return root / "runs"
+    """The runs folder with `good`, trained on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(plain_run(), folder / "good")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +64,11 @@ def test_plain_peft_gives_the_trainers_loss(runs, exported):
     run = Run(runs / "good")
     model_folder = json.loads(run.manifest.read_text())["model"]["folder"]
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    for layer in base.modules():
+        if hasattr(
+            layer, "compute_dtype"
+        ):  # the checkpoint names bf16, as GPUs compute; this run was in fp32
+            layer.compute_dtype = torch.float32
     model = PeftModel.from_pretrained(base, str(run.adapters))
     documents = held_out_documents(run)
     assert len(documents) == 24
@@ -124,32 +128,29 @@ def halves_swapped(tensors):
     return {name: torch.cat(tensor.chunk(2)[::-1]).contiguous() for name, tensor in tensors.items()}
 
 
-def layers_swapped(tensors):
-    swap = {"layers.0": "layers.1", "layers.1": "layers.0"}
-    return {name.replace(old, swap[old]): t for name, t in tensors.items() for old in swap if old in name}
+def a_and_b_swapped(tensors):
+    """Of the square layers, so that every shape fits."""
+    other = {"lora_A": "lora_B", "lora_B": "lora_A"}
+    square = [name for name in tensors if "q_proj" in name or "o_proj" in name]
+    swapped = {
+        name.replace(a, b): tensors[name].T.contiguous()
+        for name in square
+        for a, b in other.items()
+        if a in name
+    }
+    assert swapped.keys() == set(square)
+    return tensors | swapped
 
 
 def one_tensor_lost(tensors):
     return dict(list(tensors.items())[1:])
 
 
-def one_tensor_zero(tensors):
-    next(value for name, value in tensors.items() if "lora_B" in name).zero_()
-    return tensors
-
-
-def one_shape_wrong(tensors):
-    name = next(iter(tensors))
-    return tensors | {name: tensors[name][:, :-1].contiguous()}
-
-
 FAULTS = {
     "rank 1's half zero": (without_rank_1, "held-out loss of"),
     "halves swapped": (halves_swapped, "held-out loss of"),
-    "layers swapped": (layers_swapped, "held-out loss of"),
+    "A and B swapped": (a_and_b_swapped, "held-out loss of"),
     "a tensor lost": (one_tensor_lost, "tensors are not as written"),
-    "a tensor zero": (one_tensor_zero, "held-out loss of"),
-    "a shape wrong": (one_shape_wrong, "cannot load the adapters"),
 }
 
 
@@ -206,12 +207,8 @@ def test_eval_compares_base_and_tuned(runs, exported, capsys):
     assert len(report["samples"]) == 2
     assert all(sample["reference"] == "the answer is yes" for sample in report["samples"])
     assert "Warning" not in err
-
-
-def test_eval_for_people(runs, exported, capsys):
-    assert main(["eval", "--run", "good", "--set", f"paths.runs={runs}", "--samples", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "24 held-out rows" in out and "exact answers" in out and "the answer is yes" in out
+    text = evaluate.render(report)
+    assert "24 held-out rows" in text and "exact answers" in text and "expected   the answer is yes" in text
 
 
 def test_eval_before_export_says_what_to_do(copy, capsys):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +20,14 @@ from typing import Any
 import psutil
 import yaml
 
+from recipe.cli import main
 from tests.models import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_SECONDS = 90
+PLAIN_STEPS = 12  # less than an epoch
+NO_DROPOUT = ("--set", "lora.dropout=0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks: with a model this small, threads only wait
 
 
 def make_place(root: Path, steps: int, **train: Any) -> Path:
@@ -59,15 +68,30 @@ def start_training(config: Path, run: str, *more: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a model this small only waits for its threads
     )
 
 
 def train(config: Path, run: str, *more: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a training that nobody disturbs."""
-    process = start_training(config, run, *more)
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    return process.returncode, out, err
+    """Exit code, standard output and standard error of a training that nobody disturbs.
+
+    Its parent is this process, which has imported already what it needs; the ranks are processes as always.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["train", "--config", str(config), "--run", run, *more])
+    return code, out.getvalue(), err.getvalue()
+
+
+@functools.cache
+def plain_run() -> Path:
+    """The folder of a finished run of two ranks without dropout, for all tests of a session. Read only."""
+    root = Path(tempfile.mkdtemp(prefix="plain-run-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    code, _, err = train(
+        make_place(root, PLAIN_STEPS, save_every=8, keep_checkpoints=1), "plain", *NO_DROPOUT
+    )
+    assert code == 0, err
+    return root / "runs" / "plain"
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -126,3 +150,8 @@ def flip_a_byte(path: Path) -> None:
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
+
+
+def wait_gone(processes: list[psutil.Process]) -> None:
+    psutil.wait_procs(processes, timeout=10)
+    assert running(processes) == []
