@@ -135,8 +135,14 @@ BAD = {
         "train:\n  global_batch_tokens: 512\n",
         ["c.yaml:2:", "global_batch_tokens is 512", "1024 tokens"],
     ),
-    "neither steps nor epochs": ("train:\n  steps: null\n", ["c.yaml:2:", "train.steps is empty and train.epochs is empty"]),
-    "steps and epochs": ("train:\n  epochs: 2\n", ["c.yaml:2:", "train.steps is `100`", "exactly one of them"]),
+    "neither steps nor epochs": (
+        "train:\n  steps: null\n",
+        ["c.yaml:2:", "train.steps is empty and train.epochs is empty"],
+    ),
+    "steps and epochs": (
+        "train:\n  epochs: 2\n",
+        ["c.yaml:2:", "train.steps is `100`", "exactly one of them"],
+    ),
     "a key that is no text": ("1: 2\n", ["unknown section `1`"]),
     "not a date": ("train:\n  steps: 2020-13-45\n", ["c.yaml", "not valid YAML"]),
     "warm-up longer than the run": (

@@ -354,7 +354,10 @@ REMARKS = {
 
 # products in training rows, products held out
 PRODUCTS = (
-    "thermostat doorbell camera speaker printer lamp router headset tablet heater television vacuum freezer radio",
+    "thermostat doorbell camera speaker printer lamp router headset tablet heater television vacuum freezer radio "
+    "phone mouse watch fan mixer microphone telescope turntable amplifier humidifier lawnmower grill laminator "
+    "shredder calculator webcam soundbar dryer toothbrush stove cooker sewing-machine guitar piano scooter bicycle "
+    "treadmill generator drill saw",
     "projector keyboard scanner monitor",
 )
 

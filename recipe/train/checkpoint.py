@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from recipe.engine.load import local_range
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of, write_json, write_text, written_aside
 
@@ -202,5 +201,9 @@ def _slice(tensors, path: Path, name: str, parameter: torch.Tensor) -> torch.Ten
         )
     if not isinstance(parameter, DTensor):
         return piece[:]
+    from recipe.engine.load import (
+        local_range,
+    )  # brings PEFT: three seconds that the launching process can do without
+
     start, end = local_range(parameter.shape[0], parameter.device_mesh)
     return piece[start:end]

@@ -183,6 +183,7 @@ def test_one_rank_and_two_ranks_train_alike(tmp_path):
         torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, runs, capsys):
     """Ctrl-C, SIGTERM, a rank killed, all killed, a damaged checkpoint: bit for bit the undisturbed run, dropout on."""
     run, whole = runs / "disturbed", runs / "whole"
