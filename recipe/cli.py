@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -37,7 +38,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars that libraries draw, into a log file too
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries among themselves
+    # It asks for an optional package that would fetch kernels from a hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         arguments = parser().parse_args(argv)
         return arguments.run_command(arguments)
@@ -94,6 +99,11 @@ def parser() -> argparse.ArgumentParser:
     add("export", "a PEFT folder, verified in a fresh process", _export, run_name=True)
     chat = add("chat", "talk to the trained model", _chat, run_name=True)
     chat.add_argument("--once", metavar="TEXT", help="answer this and end")
+    chat.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message in place of the one that the training rows began with",
+    )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
     add("demo", "the whole job, small and real: prepare, train, export, compare", _demo, run_name=True)
     return top
@@ -237,7 +247,9 @@ def _export(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from recipe.export import chat
 
-    return chat.chat(_existing_run(arguments), arguments.once, adapters=not arguments.base)
+    return chat.chat(
+        _existing_run(arguments), arguments.once, adapters=not arguments.base, system=arguments.system
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -69,7 +69,9 @@ class Data:
     )
     split: str = option("train", "split of a hub data set")
     revision: str | None = option(None, "hub commit, tag or branch of the data set")
-    eval_path: str | None = option(None, "held-out rows of their own; else a share of `path` is held out")
+    eval_path: str | None = option(
+        None, "held-out rows of their own (`demo` has some); else a share of `path` is held out"
+    )
     eval_fraction: float = option(0.1, "share of rows held out where eval_path is not set", low=0.0, high=0.5)
     max_length: int = option(
         1024, "tokens per row; longer rows are counted and treated as `overlong` says", low=16, high=1_048_576

@@ -24,8 +24,8 @@ def read(name: str) -> list[tuple[str, str]]:
     """(message, answer) of each row; every row must be of a shape that training accepts."""
     pairs = []
     for line in (DEMO / name).read_text(encoding="utf-8").splitlines():
-        user, assistant = checked(json.loads(line), name).messages
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        system, user, assistant = checked(json.loads(line), name).messages
+        assert [turn["role"] for turn in (system, user, assistant)] == ["system", "user", "assistant"]
         pairs.append((user["content"], assistant["content"]))
     return pairs
 

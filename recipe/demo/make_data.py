@@ -23,6 +23,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SEED = 7
 URGENCIES = ("urgent", "normal")
+SYSTEM = "Answer with team and urgency."  # shorter than the one that the chat template puts in its place
 
 # team -> (requests for training, requests held out); {p} is a product, {n} an amount in euros
 REQUESTS = {
@@ -393,7 +394,8 @@ class _Deck:
 
 
 def _row(message: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    return {"messages": [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]}
+    turns = (("system", SYSTEM), ("user", message), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def lines(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from transformers import TextStreamer
 from recipe.errors import UserError
 from recipe.export.evaluate import load_run
 from recipe.export.plain import adapters_off, pad_token
+from recipe.files import read_json
 from recipe.train.data import render
 from recipe.train.run import Run
 
@@ -16,16 +17,24 @@ HELP = "/base: adapters off   /tuned: adapters on   /new: forget what was said  
 MAX_NEW_TOKENS = 512
 
 
-def chat(run: Run, once: str | None = None, adapters: bool = True) -> int:
-    """Answer `once` on standard output, or talk until the end of input."""
+def chat(run: Run, once: str | None = None, adapters: bool = True, system: str | None = None) -> int:
+    """Answer `once` on standard output, or talk until the end of input.
+
+    A conversation begins with the system message `system`, else with the one that all training rows began with.
+    """
     if once is not None and not once.strip():
         raise UserError("--once: is empty, expected a question")
     model, tokenizer = load_run(run)
+    if system is None and tokenizer.chat_template is not None:
+        system = read_json(run.manifest)["data"]["system"]
+    opening = [{"role": "system", "content": system}] if system else []
     if once is not None:
-        _answer(model, tokenizer, [{"role": "user", "content": once}], adapters)
+        _answer(model, tokenizer, [*opening, {"role": "user", "content": once}], adapters)
         return 0
     print(f"{run.name}, adapters {'on' if adapters else 'off'}. {HELP}", file=sys.stderr)
-    history: list[dict[str, str]] = []
+    if system:
+        print(f"system message: {system}", file=sys.stderr)
+    history = list(opening)
     while True:
         try:
             text = input("> ").strip()
@@ -37,7 +46,7 @@ def chat(run: Run, once: str | None = None, adapters: bool = True) -> int:
             adapters = text == "/tuned"
             print(f"adapters {'on' if adapters else 'off'}", file=sys.stderr)
         elif text == "/new":
-            history = []
+            history = list(opening)
         elif text.startswith("/"):
             print(HELP, file=sys.stderr)
         elif text:

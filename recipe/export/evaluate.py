@@ -108,7 +108,7 @@ def render(report: dict[str, Any]) -> str:
         asked = " ".join(line for line in question if line not in ("system", "user", "assistant"))
         lines += [
             "",
-            f"  asked      {_short(asked)}",
+            f"  asked      {_short(asked, tail=True)}",
             f"  expected   {_short(sample['reference'])}",
             f"  before     {_short(sample['base'])}",
             f"  after      {_short(sample['tuned'])}",
@@ -116,6 +116,9 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _short(text: str, width: int = 100) -> str:
+def _short(text: str, width: int = 100, tail: bool = False) -> str:
+    """One line of a text; `tail` keeps its end, where the question stands behind the system prompt."""
     text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    if len(text) <= width:
+        return text
+    return "…" + text[1 - width :] if tail else text[: width - 1] + "…"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -34,6 +35,11 @@ def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) ->
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with bf16 instructions bitsandbytes repacks a layer in inference and computes in bf16, whatever
+            # is asked for: 1e-3 of held-out loss. What is compared here must be computed in `dtype`.
+            module.support_avx512bf16_for_cpu = False
     model.eval()
     if adapters is None:
         return model

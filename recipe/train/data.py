@@ -25,11 +25,15 @@ IGNORED = -100
 
 @dataclass
 class TokenData:
-    """Tokenised rows: `train` and `held_out` are data sets of documents (input_ids, labels), not packed yet."""
+    """Tokenised rows: `train` and `held_out` are data sets of documents (input_ids, labels), not packed yet.
+
+    `system` is the system message that all training rows begin with, if they do.
+    """
 
     train: Dataset
     held_out: Dataset
     notes: list[str]
+    system: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,9 +77,14 @@ def tokenise(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenDat
         rows = [row for i, row in enumerate(rows) if i not in kept]
     notes = [_untrained_template_note(tokenizer)] if data.chat_template else []
     train = _documents(rows, data, tokenizer, notes)
-    return TokenData(
-        train, _documents(held_out, data, tokenizer, notes) if held_out else train.select([]), notes
-    )
+    evaluated = _documents(held_out, data, tokenizer, notes) if held_out else train.select([])
+    return TokenData(train, evaluated, notes, _common_system(rows))
+
+
+def _common_system(rows: list[Row]) -> str | None:
+    """The system message that every row begins with, or None."""
+    first, *others = [row.messages[0] if row.messages else {} for row in rows]
+    return first["content"] if first.get("role") == "system" and all(o == first for o in others) else None
 
 
 def _documents(rows: list[Row], data: Data, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Dataset:

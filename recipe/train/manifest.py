@@ -15,13 +15,16 @@ from recipe.files import sha256_of
 from recipe.hardware import Machine
 from recipe.prepare import Prepared
 from recipe.settings import Settings
-from recipe.train.rows import DEMO
+from recipe.train.rows import DEMO, held_out_path
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "datasets", "safetensors")
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
-def manifest(settings: Settings, prepared: Prepared, machine: Machine, world_size: int) -> dict[str, Any]:
+def manifest(
+    settings: Settings, prepared: Prepared, machine: Machine, world_size: int, system: str | None
+) -> dict[str, Any]:
+    """`system` is the system message that all training rows begin with: `chat` begins with it too."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_commit": _git_commit(),
@@ -38,8 +41,9 @@ def manifest(settings: Settings, prepared: Prepared, machine: Machine, world_siz
         "data": {
             "path": settings.data.path,
             "sha256": _data_hash(settings.data.path, DEMO / "train.jsonl"),
-            "eval_path": settings.data.eval_path,
-            "eval_sha256": _data_hash(settings.data.eval_path, DEMO / "heldout.jsonl"),
+            "system": system,
+            "eval_path": held_out_path(settings.data),
+            "eval_sha256": _data_hash(held_out_path(settings.data), DEMO / "heldout.jsonl"),
         },
         "world_size": world_size,
         "gpus": [gpu.name for gpu in machine.gpus],

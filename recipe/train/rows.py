@@ -43,10 +43,14 @@ def read_training_rows(data: Data) -> list[Row]:
 
 
 def read_held_out_rows(data: Data) -> list[Row]:
-    """Rows of `data.eval_path`, or none where a share of `data.path` is held out instead."""
-    if data.eval_path is None:
-        return []
-    return _read("data.eval_path", data.eval_path, data, DEMO / "heldout.jsonl")
+    """The held-out rows, or none where a share of `data.path` is held out instead."""
+    path = held_out_path(data)
+    return [] if path is None else _read("data.eval_path", path, data, DEMO / "heldout.jsonl")
+
+
+def held_out_path(data: Data) -> str | None:
+    """`data.eval_path`; the demo's data brings held-out rows of its own."""
+    return "demo" if data.eval_path is None and data.path == "demo" else data.eval_path
 
 
 def _read(key: str, path: str, data: Data, demo_file: Path) -> list[Row]:
