@@ -64,7 +64,7 @@ runtime:
 	esac
 
 demo: runtime ready
-	$(RECIPE) demo $(ARGS)
+	$(RECIPE) demo $(with_run) $(ARGS)
 
 plan preflight prepare: runtime ready
 	$(RECIPE) $@ $(with_config) $(ARGS)

@@ -221,8 +221,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print({"run": run.name, **summary})
     else:
+        loss = summary["held_out_loss"]
         print(
-            f"run {run.name}: {summary['steps']} steps, held-out loss {summary['held_out_loss']}; "
+            f"run {run.name}: {summary['steps']} steps, held-out loss {'not measured' if loss is None else f'{loss:.4f}'}; "
             f"next: make export-adapters RUN={run.name}"
         )
     return 0

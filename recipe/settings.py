@@ -190,9 +190,14 @@ class Settings:
             raise UserError(
                 f"train.global_batch_tokens is {self.train.global_batch_tokens}, expected a multiple of {per_pass} "
                 f"({world_size} ranks x {self.micro_batch_tokens} tokens per micro-batch); "
-                f"set it to {max(1, round(self.train.global_batch_tokens / per_pass)) * per_pass}"
+                f"set it to {self.nearest_global_batch(world_size)}"
             )
         return self.train.global_batch_tokens // per_pass
+
+    def nearest_global_batch(self, world_size: int) -> int:
+        """The whole number of micro-batches on that many ranks that is nearest to train.global_batch_tokens."""
+        per_pass = world_size * self.micro_batch_tokens
+        return max(1, round(self.train.global_batch_tokens / per_pass)) * per_pass
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

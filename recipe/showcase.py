@@ -21,6 +21,7 @@ import psutil
 
 from recipe.errors import Refused
 from recipe.files import GIB, read_json, write_json
+from recipe.train.run import Run
 
 CONFIG = Path(__file__).parent / "configs" / "smollm2-135m.yaml"
 SAMPLE_SECONDS = 0.1
@@ -29,7 +30,7 @@ NEW_HEIGHT = 1.01  # a rise of less than 1 % is not looked at
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo. `minutes` is what it took on 2 cores (docs/benchmarks.md)."""
+    """One command of the demo. `expected_seconds` is what it took on 2 cores (docs/benchmarks.md)."""
 
     name: str
     what: str
@@ -68,8 +69,9 @@ def stages(run: str, runs: str) -> list[Stage]:
 
 
 def demo(runs: str, name: str | None, as_json: bool) -> int:
-    """Run all stages. Raises Refused where one of them fails."""
+    """Run all stages, or those that an interrupted demo has left. Raises Refused where one of them fails."""
     run = name or time.strftime("demo-%Y%m%d-%H%M%S")
+    folder = Path(runs) / run
     steps = stages(run, runs)
     measured: list[Measured] = []
     say(
@@ -77,9 +79,11 @@ def demo(runs: str, name: str | None, as_json: bool) -> int:
     )
     for number, stage in enumerate(steps, 1):
         say(f"\n[{number}/{len(steps)}] {stage.name}: {stage.what} (about {stage.expected_seconds} s)")
+        if stage.name == "train" and Run(folder).finished:
+            say("      done already")
+            continue
         measured.append(_measure(stage, run, as_json))
-        say(f"      {measured[-1].seconds:.0f} s, peak RAM {measured[-1].peak_ram_gib:.1f} GiB")
-    folder = Path(runs) / run
+        say(f"      {measured[-1].seconds:.1f} s, peak RAM {measured[-1].peak_ram_gib:.1f} GiB")
     report = read_json(folder / "eval.json")
     result = {
         "run": run,
@@ -98,9 +102,9 @@ def demo(runs: str, name: str | None, as_json: bool) -> int:
 def render(result: dict[str, Any], folder: Path) -> str:
     base, tuned = result["base"], result["tuned"]
     lines = [f"{'stage':<12}{'seconds':>9}{'peak RAM, GiB':>16}"]
-    lines += [f"{m['stage']:<12}{m['seconds']:>9.0f}{m['peak_ram_gib']:>16.1f}" for m in result["stages"]]
+    lines += [f"{m['stage']:<12}{m['seconds']:>9.1f}{m['peak_ram_gib']:>16.1f}" for m in result["stages"]]
     lines += [
-        f"{'all':<12}{sum(m['seconds'] for m in result['stages']):>9.0f}"
+        f"{'all':<12}{sum(m['seconds'] for m in result['stages']):>9.1f}"
         f"{max(m['peak_ram_gib'] for m in result['stages']):>16.1f}",
         "",
         f"right answers on held-out prompts: before {base['exact_matches']} of {base['prompts']}, "
@@ -123,6 +127,7 @@ def _measure(stage: Stage, run: str, quiet: bool) -> Measured:
         code = process.wait()
     except KeyboardInterrupt:
         process.wait()  # the stage got the signal too, and saves
+        say(f"demo: stopped; go on with RUN={run}")
         raise
     finally:
         peak.stop()
@@ -147,7 +152,7 @@ class PeakMemory(threading.Thread):
 
     def run(self) -> None:
         highest = 0
-        while not self._ended.wait(SAMPLE_SECONDS):
+        while not self._ended.wait(SAMPLE_SECONDS if highest else 0):
             private = tree_bytes(self.pid, lambda p: (m := p.memory_info()).rss - m.shared)
             if private > highest * NEW_HEIGHT:
                 highest = private

@@ -387,6 +387,10 @@ def make_venv(python, venv):
 
 
 def install_all(wanted, environ):
+    import resource
+    import time
+
+    started = time.monotonic()
     version, python = find_python(environ.get("PYTHON"))
     check_disk(ROOT, wanted)
     venv = ROOT / ".venv"
@@ -421,7 +425,8 @@ def install_all(wanted, environ):
 
     shutil.rmtree(str(pip.scratch), ignore_errors=True)
     write_stamp(wanted, asked=environ.get("PYTHON"))
-    say(f"ready: .venv with torch {built}")
+    peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    say(f"ready: .venv with torch {built} ({time.monotonic() - started:.0f} s, peak RAM {peak_gib:.1f} GiB)")
 
 
 def stop(signum, _frame):

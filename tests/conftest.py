@@ -1,4 +1,4 @@
-"""Marks that need hardware, and small models that several tests share."""
+"""Order and marks of the tests, and small models that several of them share."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that are slow as a whole come last, so that what is broken shows early.
+    items.sort(key=lambda item: item.getparent(pytest.Module).get_closest_marker("slow") is not None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

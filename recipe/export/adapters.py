@@ -117,9 +117,17 @@ tags: [lora, qlora, nf4]
 LoRA adapters for {base["name"]}{revision}, trained by QLoRA (NF4 base, FSDP2) with recipe {__version__}.
 
 ```python
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{base["name"]}")
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{settings.quantization.type}",
+    bnb_4bit_use_double_quant={settings.quantization.double_quant},
+    bnb_4bit_compute_dtype=torch.{summary["compute_dtype"]},
+)
+model = AutoModelForCausalLM.from_pretrained("{base["name"]}", quantization_config=nf4)
 model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
 ```
 

@@ -245,7 +245,9 @@ def _what_would_fit(plan: Plan, shape: ModelShape, settings: Settings) -> str:
         tokens //= 2
     for world_size in range(plan.world_size + 1, LARGEST_GROUP + 1):
         if needed(world_size, settings) <= plan.vram_gib:
-            ways.append(f"{world_size} such GPUs")
+            batch = settings.nearest_global_batch(world_size)
+            same = batch == settings.train.global_batch_tokens
+            ways.append(f"{world_size} such GPUs{'' if same else f' (train.global_batch_tokens={batch})'}")
             break
     ways.append(f"GPUs with {plan.vram_needed_gib:.0f} GiB or more")
     return "would fit: " + ", or ".join(ways)

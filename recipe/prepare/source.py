@@ -9,7 +9,7 @@ from pathlib import Path
 from recipe.errors import UserError
 from recipe.files import read_json
 from recipe.plan.shapes import check_supported, read_config
-from recipe.prepare.demo import demo_checkpoint
+from recipe.prepare.demo import HUB_ID, demo_checkpoint
 from recipe.settings import Settings
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ def find_source(settings: Settings) -> Source:
     if model_id is None:
         raise UserError("model.id is not set, expected a hub id (org/name), a local folder or `demo`")
     if model_id == "demo":
-        source = Source(demo_checkpoint(models), "SmolLM2-135M-Instruct", None)
+        source = Source(demo_checkpoint(models), HUB_ID, None)
     elif Path(model_id).is_dir():
         source = Source(Path(model_id), Path(model_id).resolve().name, None)
     elif model_id.count("/") == 1 and not model_id.startswith((".", "/", "~")):

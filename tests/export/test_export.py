@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -104,6 +105,18 @@ def test_the_folder_is_a_peft_folder_with_its_proof(runs, exported):
     card = (folder / "README.md").read_text()
     assert "rank 4, alpha 8" in card and f"{summary(runs / 'good')['held_out_loss']:.4f}" in card
     assert not [path for path in (runs / "good").iterdir() if path.name.startswith(".adapters")]
+
+
+def test_the_code_in_the_card_loads_it(runs, exported):
+    run = Run(runs / "good")
+    code = re.search(r"```python\n(.*?)```", (run.adapters / "README.md").read_text(), re.DOTALL)[1]
+    manifest = json.loads(run.manifest.read_text())
+    code = code.replace(f'"{manifest["model"]["name"]}"', repr(run.settings().model.id))
+    scope = {}
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(run.adapters)), scope)
+    loss = mean_loss(scope["model"].float().eval(), held_out_documents(run), pad=0)
+    # bitsandbytes computes in bf16 on CPUs that have it, whatever is asked for.
+    assert loss == pytest.approx(summary(run.folder)["held_out_loss"], abs=1e-2)
 
 
 def change_weights(run, change):
