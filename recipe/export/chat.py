@@ -39,6 +39,7 @@ def chat(run: Run, once: str | None = None, adapters: bool = True, system: str |
         try:
             text = input("> ").strip()
         except EOFError:
+            print(file=sys.stderr)
             return 0
         if text in ("/quit", "/exit"):
             return 0

@@ -116,7 +116,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _short(text: str, width: int = 100, tail: bool = False) -> str:
+def _short(text: str, width: int = 85, tail: bool = False) -> str:
     """One line of a text; `tail` keeps its end, where the question stands behind the system prompt."""
     text = " ".join(text.split())
     if len(text) <= width:

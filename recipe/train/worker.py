@@ -26,7 +26,7 @@ from recipe.engine.load import load_sharded
 from recipe.errors import Refused, UserError
 from recipe.files import read_json, write_json
 from recipe.train.data import PackedCollator, load_tokenizer
-from recipe.train.run import Run
+from recipe.train.run import Run, read_jsonl
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from recipe.train.watch import StopRequest, Watch
 
@@ -99,7 +99,7 @@ def train(run: Run, resume: Path | None) -> None:
         trainer.evaluate()
     # Each run of the same seed draws the same dropout, whether or not it evaluated before.
     set_seed(settings.train.seed + dist.get_rank())
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step < trainer.state.max_steps:  # on all ranks alike, unlike stop.signal
         if first:
             run.event(
@@ -112,11 +112,13 @@ def train(run: Run, resume: Path | None) -> None:
         trainer._save_checkpoint(trainer.model, None)
     held_out_loss = trainer.evaluate()["eval_loss"] if len(held_out) else None
     if first:
+        losses = [line["loss"] for line in read_jsonl(run.metrics)]
         write_json(
             run.summary,
             {
                 "steps": trainer.state.global_step,
-                "train_loss": result.training_loss,
+                # The trainer's own mean forgets the steps before a resume.
+                "train_loss": sum(losses) / len(losses),
                 "held_out_loss": held_out_loss,
                 "checkpoint": run.checkpoint(trainer.state.global_step).name,
                 "compute_dtype": str(dtype).removeprefix("torch."),

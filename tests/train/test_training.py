@@ -125,6 +125,8 @@ def test_the_run_folder_is_as_promised(place, runs):
         assert damaged_files(checkpoint) == []
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["compute_dtype"]) == (STEPS, "float32")
+    losses = [line["loss"] for line in jsonl(run / "metrics.jsonl")]
+    assert summary["train_loss"] == pytest.approx(sum(losses) / STEPS)
 
 
 def test_every_step_has_its_line_of_metrics(runs):
@@ -242,7 +244,7 @@ def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, r
         [(line["step"], line["loss"]) for line in jsonl(folder / "metrics.jsonl")] for folder in (run, whole)
     ]
     assert losses[0] == losses[1], "each step once, as in the undisturbed run"
-    ends = [json.loads((folder / "summary.json").read_text())["held_out_loss"] for folder in (run, whole)]
+    ends = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
     assert ends[0] == ends[1]
 
 
