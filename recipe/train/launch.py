@@ -8,6 +8,7 @@ all see the same, and the launcher's own output goes to train.log.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from recipe.prepare import Prepared
 from recipe.settings import Settings
 from recipe.train import checkpoint
 from recipe.train.manifest import manifest
-from recipe.train.run import Run, append_json, begin_or_continue, read_jsonl
+from recipe.train.run import Run, Tail, begin_or_continue, read_jsonl
 
 ACCELERATE_CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "gpus.yaml"
 PACKAGE_PARENT = Path(__file__).parent.parent.parent
@@ -123,11 +125,11 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
 
 
 def _forget_after(run: Run, step: int) -> None:
-    """Steps after the checkpoint that training goes on from are done again: their old lines go."""
-    kept = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
-    run.metrics.unlink(missing_ok=True)
-    for line in kept:
-        append_json(run.metrics, line)
+    """Steps after the checkpoint that training goes on from are done again: their old lines go, and lines cut short."""
+    for path in (run.metrics, run.events):
+        if path.exists():
+            kept = [line for line in read_jsonl(path) if path == run.events or line["step"] <= step]
+            write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def command(run: Run, world_size: int, resume: Path | None, on_gpu: bool) -> list[str]:
@@ -184,7 +186,7 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
     say(f"starting {world_size} ranks (log: {run.log})")
     told: set[int] = set()
     try:
-        with Progress(run, settings, started) as progress:
+        with Progress(run, settings.train.log_every) as progress:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 progress.update()
@@ -270,18 +272,20 @@ def _kill(process: subprocess.Popen) -> None:
 class Progress:
     """The terminal's view of a run: a bar where there is a terminal, a line every `log_every` steps elsewhere."""
 
-    def __init__(self, run: Run, settings: Settings, seen_events: int):
-        self.run, self.settings = run, settings
-        self.seen_steps = len(read_jsonl(run.metrics))
-        self.seen_events = seen_events
+    def __init__(self, run: Run, log_every: int):
+        self.log_every = log_every
+        self.events, self.metrics = Tail(run.events), Tail(run.metrics)
+        self.events.read()  # those of earlier starts were told then
+        done = self.metrics.read()
+        self.recent = deque((line["step_seconds"] for line in done), maxlen=20)
         self.bar = tqdm(
-            total=settings.train.steps,
-            initial=self.seen_steps,
+            initial=len(done),
             unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
             desc="train",
         )
+        self.total: int | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -290,27 +294,24 @@ class Progress:
         self.bar.close()
 
     def update(self) -> None:
-        events = read_jsonl(self.run.events)
-        for event in events[self.seen_events :]:
+        for event in self.events.read():
+            if event["kind"] == "begun":
+                self.total = self.bar.total = event["steps"]
             if event["kind"] != "error":
                 self.line(event["message"])
-        self.seen_events = len(events)
-        metrics = read_jsonl(self.run.metrics)
-        for line in metrics[self.seen_steps :]:
+        for line in self.metrics.read():
+            self.recent.append(line["step_seconds"])
             self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s")
             self.bar.update(line["step"] - self.bar.n)
-            if self.bar.disable and line["step"] % self.settings.train.log_every == 0:
-                self.line(self._summary(metrics, line))
-        self.seen_steps = len(metrics)
+            if self.bar.disable and line["step"] % self.log_every == 0:
+                self.line(self._summary(line))
 
-    def _summary(self, metrics: list[dict[str, Any]], line: dict[str, Any]) -> str:
-        total = self.settings.train.steps
-        recent = [m["step_seconds"] for m in metrics[-20:]]
-        left = f", {clock((total - line['step']) * sum(recent) / len(recent))} left" if total else ""
-        return (
-            f"step {line['step']}{f'/{total}' if total else ''}: loss {line['loss']:.3f}, "
-            f"{line['tokens_per_second']:.0f} tokens/s{left}"
-        )
+    def _summary(self, line: dict[str, Any]) -> str:
+        of, left = "", ""
+        if self.total:
+            of = f"/{self.total}"
+            left = f", {clock((self.total - line['step']) * sum(self.recent) / len(self.recent))} left"
+        return f"step {line['step']}{of}: loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s{left}"
 
     def line(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)

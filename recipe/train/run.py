@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -153,7 +152,21 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file of ours; a last line that was cut by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split(os.linesep)
-    return [json.loads(line) for line in lines[:-1] if line]
+    return Tail(path).read()
+
+
+class Tail:
+    """What was added to a JSONL file of ours since the last look, without reading the rest again."""
+
+    def __init__(self, path: Path):
+        self.path, self.position = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Objects of the new whole lines; a line that is being written waits for the next look."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.position)
+            lines, newline, _ = file.read().rpartition(b"\n")
+        self.position += len(lines) + len(newline)
+        return [json.loads(line) for line in lines.split(b"\n") if line]

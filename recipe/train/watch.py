@@ -39,6 +39,10 @@ class Watch(TrainerCallback):
         self.started = 0.0
         self.last: dict[str, Any] = {}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.run.event("begun", f"training to step {state.max_steps}", steps=state.max_steps)
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
         if torch.cuda.is_available():

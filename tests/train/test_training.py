@@ -232,6 +232,10 @@ def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, r
         member.kill()
     wait_gone(members)
 
+    for name in ("events.jsonl", "metrics.jsonl"):
+        with open(run / name, "a") as file:
+            file.write('{"step": 19, "kind')  # a line that a crash has cut
+
     newest, before = checkpoint_names(run)[-1:-3:-1]
     flip_a_byte(run / "checkpoints" / newest / "optimizer.safetensors")
     code, _, err = train(config, "disturbed")
@@ -264,6 +268,14 @@ def test_a_changed_number_in_the_state_is_found(runs, tmp_path):
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | {"step": 3}))
     assert damaged_files(checkpoint) == ["state.json"]
+
+
+def test_a_run_by_epochs_says_how_far_it_will_go(tmp_path):
+    settings = ["--set", "train.steps=null", "--set", "train.epochs=0.3", "--set", "train.log_every=1"]
+    code, _, err = train(make_place(tmp_path, 1, warmup_steps=0), "epochs", *settings)
+    assert code == 0, err
+    steps = json.loads((tmp_path / "runs" / "epochs" / "summary.json").read_text())["steps"]
+    assert f"training to step {steps}" in err and f"step 1/{steps}: " in err
 
 
 def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
