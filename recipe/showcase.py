@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from recipe.files import GIB, read_json, write_json
 from recipe.train.run import Run
 
 CONFIG = Path(__file__).parent / "configs" / "smollm2-135m.yaml"
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the same two ranks on every machine, whatever GPUs it has
 SAMPLE_SECONDS = 0.1
 NEW_HEIGHT = 1.01  # a rise of less than 1 % is not looked at
 
@@ -120,7 +122,9 @@ def _measure(stage: Stage, run: str, quiet: bool) -> Measured:
     """Run one stage and sample the memory of its process tree."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "recipe", *stage.command], stdout=subprocess.DEVNULL if quiet else None
+        [sys.executable, "-m", "recipe", *stage.command],
+        stdout=subprocess.DEVNULL if quiet else None,
+        env=os.environ | ON_THE_CPU,
     )
     peak = PeakMemory(process.pid)
     try:

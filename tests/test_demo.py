@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from recipe.files import read_json
-from recipe.showcase import PeakMemory, stages
+from recipe.showcase import ON_THE_CPU, PeakMemory, stages
 from recipe.train.rows import DEMO
 
 pytestmark = [pytest.mark.slow, pytest.mark.registered]
@@ -110,6 +110,30 @@ def test_a_second_demo_prepares_nothing_again(demo):
     done = recipe(demo.folder, "prepare", "--config", str(config), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["fresh"] is False
     assert before == {path: path.stat().st_mtime_ns for path in (demo.folder / "models").rglob("*")}
+
+
+def test_it_is_the_same_beside_gpus(tmp_path):
+    """A machine with three cards, by its nvidia-smi: the demo plans two CPU ranks there too."""
+    smi = tmp_path / "nvidia-smi"
+    card = "{}, GPU-{}, NVIDIA GeForce RTX 3090, 24576, 24000, 8.6, 580.95"
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo '{card.format(i, i)}'\n" for i in range(3)))
+    smi.chmod(0o755)
+    (command,) = [stage.command for stage in stages(RUN, "runs") if stage.name == "plan"]
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    found = {}
+    for name, place in (("demo", ON_THE_CPU), ("else", {})):
+        environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | path | place
+        batch = ("--set", "train.global_batch_tokens=768") if name == "else" else ()
+        done = subprocess.run(
+            [sys.executable, "-m", "recipe", *command, *batch, "--json"],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        plan = json.loads(done.stdout)
+        found[name] = plan["device"], plan["world_size"]
+    assert found == {"demo": ("cpu", 2), "else": ("gpu", 3)}
 
 
 def test_peak_memory_counts_a_whole_process_tree():
