@@ -20,13 +20,19 @@ MAX_NEW_TOKENS = 512
 def chat(run: Run, once: str | None = None, adapters: bool = True, system: str | None = None) -> int:
     """Answer `once` on standard output, or talk until the end of input.
 
-    A conversation begins with the system message `system`, else with the one that all training rows began with.
+    Questions are put as the training rows put them: in the chat template where those were conversations, beginning
+    with `system` or else with the system message that all of them had; as plain text where they were not.
     """
     if once is not None and not once.strip():
         raise UserError("--once: is empty, expected a question")
     model, tokenizer = load_run(run)
-    if system is None and tokenizer.chat_template is not None:
-        system = read_json(run.manifest)["data"]["system"]
+    form = read_json(run.manifest)["data"]
+    if not form["messages"]:
+        tokenizer.chat_template = None
+        if system is not None:
+            raise UserError(f"--system: RUN={run.name} was trained on plain text, expected no system message")
+    elif system is None:
+        system = form["system"]
     opening = [{"role": "system", "content": system}] if system else []
     if once is not None:
         _answer(model, tokenizer, [*opening, {"role": "user", "content": once}], adapters)
@@ -34,6 +40,8 @@ def chat(run: Run, once: str | None = None, adapters: bool = True, system: str |
     print(f"{run.name}, adapters {'on' if adapters else 'off'}. {HELP}", file=sys.stderr)
     if system:
         print(f"system message: {system}", file=sys.stderr)
+    elif not form["messages"]:
+        print("trained on plain text: what you type is continued as it stands", file=sys.stderr)
     history = list(opening)
     while True:
         try:
@@ -56,7 +64,7 @@ def chat(run: Run, once: str | None = None, adapters: bool = True, system: str |
 
 
 def _answer(model, tokenizer, history: list[dict[str, str]], adapters: bool) -> str:
-    """The answer, printed as it comes; from plain text where the tokenizer has no chat template."""
+    """The answer, printed as it comes; to the last text alone where the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         prompt = history[-1]["content"]
     else:

@@ -27,13 +27,14 @@ IGNORED = -100
 class TokenData:
     """Tokenised rows: `train` and `held_out` are data sets of documents (input_ids, labels), not packed yet.
 
-    `system` is the system message that all training rows begin with, if they do.
+    `form` says how the training rows put a question, so that `chat` does the same: whether all are conversations
+    (`messages`), and the system message that all begin with (`system`, or None).
     """
 
     train: Dataset
     held_out: Dataset
     notes: list[str]
-    system: str | None = None
+    form: dict[str, Any]
 
     @property
     def tokens(self) -> int:
@@ -78,13 +79,16 @@ def tokenise(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TokenDat
     notes = [_untrained_template_note(tokenizer)] if data.chat_template else []
     train = _documents(rows, data, tokenizer, notes)
     evaluated = _documents(held_out, data, tokenizer, notes) if held_out else train.select([])
-    return TokenData(train, evaluated, notes, _common_system(rows))
+    return TokenData(train, evaluated, notes, _form(rows))
 
 
-def _common_system(rows: list[Row]) -> str | None:
-    """The system message that every row begins with, or None."""
-    first, *others = [row.messages[0] if row.messages else {} for row in rows]
-    return first["content"] if first.get("role") == "system" and all(o == first for o in others) else None
+def _form(rows: list[Row]) -> dict[str, Any]:
+    first, *others = [row.messages[0] if row.messages else None for row in rows]
+    common = first is not None and first["role"] == "system" and all(other == first for other in others)
+    return {
+        "messages": all(opening is not None for opening in (first, *others)),
+        "system": first["content"] if first and common else None,
+    }
 
 
 def _documents(rows: list[Row], data: Data, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Dataset:

@@ -117,7 +117,7 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
             packed(rows, settings.micro_batch_tokens, settings.train.seed).save_to_disk(
                 str(run.folder / "data" / name)
             )
-        write_json(run.manifest, manifest(settings, prepared, machine, world_size, data.system))
+        write_json(run.manifest, manifest(settings, prepared, machine, world_size, data.form))
         write_text(run.config, settings.to_yaml())  # last: its presence makes the folder a run
     except BaseException:
         shutil.rmtree(run.folder, ignore_errors=True)

@@ -22,9 +22,9 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def manifest(
-    settings: Settings, prepared: Prepared, machine: Machine, world_size: int, system: str | None
+    settings: Settings, prepared: Prepared, machine: Machine, world_size: int, form: dict[str, Any]
 ) -> dict[str, Any]:
-    """`system` is the system message that all training rows begin with: `chat` begins with it too."""
+    """`form` is TokenData.form, how the training rows put a question."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_commit": _git_commit(),
@@ -41,7 +41,7 @@ def manifest(
         "data": {
             "path": settings.data.path,
             "sha256": _data_hash(settings.data.path, DEMO / "train.jsonl"),
-            "system": system,
+            **form,
             "eval_path": held_out_path(settings.data),
             "eval_sha256": _data_hash(held_out_path(settings.data), DEMO / "heldout.jsonl"),
         },

@@ -239,3 +239,35 @@ def test_chat_answers_once(runs, exported, capsys, monkeypatch):
     assert "Warning" not in err
     assert main([*command, "--base"]) == 0
     assert capsys.readouterr().out != tuned
+
+
+def test_chat_puts_a_question_as_the_training_rows_did(runs, exported, capsys, monkeypatch):
+    """In the chat template with their system message; as plain text where they were no conversations."""
+    manifest = runs / "good" / "manifest.json"
+    kept = manifest.read_text()
+    monkeypatch.setattr(chat_module, "MAX_NEW_TOKENS", 1)
+    asked = []
+    monkeypatch.setattr(
+        chat_module, "render", lambda history, *args, **kwargs: asked.append(history) or "number"
+    )
+    command = ["chat", "--run", "good", "--set", f"paths.runs={runs}", "--once", "number 7"]
+    question = {"role": "user", "content": "number 7"}
+
+    def trained_with(**form):
+        values = json.loads(kept)
+        manifest.write_text(json.dumps(values | {"data": values["data"] | form}))
+
+    try:
+        trained_with(messages=True, system="Be brief.")
+        assert main(command) == 0
+        assert main([*command, "--system", "Be rude."]) == 0
+        assert [history[0]["content"] for history in asked] == ["Be brief.", "Be rude."]
+        assert [history[1:] for history in asked] == [[question]] * 2
+        trained_with(messages=False, system=None)
+        assert main(command) == 0
+        assert len(asked) == 2, "the template was used for plain text"
+        capsys.readouterr()
+        assert main([*command, "--system", "Be rude."]) == 2
+        assert "--system: RUN=good was trained on plain text" in capsys.readouterr().err
+    finally:
+        manifest.write_text(kept)

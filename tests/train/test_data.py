@@ -233,6 +233,27 @@ def test_a_held_out_file_takes_nothing_from_the_training_rows(tokenizer, tmp_pat
     assert [tokenizer.decode(ids) for ids in data.held_out["input_ids"]] == ["x" + EOS]
 
 
+SYSTEM, QUESTION, ANSWER = ({"role": role, "content": role} for role in ("system", "user", "assistant"))
+FORMS = {
+    "one system message": ([[SYSTEM, QUESTION, ANSWER]] * 2, True, "system"),
+    "two of them": (
+        [[SYSTEM, QUESTION, ANSWER], [SYSTEM | {"content": "other"}, QUESTION, ANSWER]],
+        True,
+        None,
+    ),
+    "none in one row": ([[SYSTEM, QUESTION, ANSWER], [QUESTION, ANSWER]], True, None),
+    "text": ([None, None], False, None),
+    "text in one row": ([[SYSTEM, QUESTION, ANSWER], None], False, None),
+}
+
+
+@pytest.mark.parametrize(("rows", "messages", "system"), FORMS.values(), ids=FORMS.keys())
+def test_how_the_rows_put_a_question_is_known_to_chat(rows, messages, system, tokenizer, tmp_path):
+    rows = [{"messages": row} if row else {"text": "a"} for row in rows]
+    data = tokenise(settings_for(tmp_path, rows, max_length=256, eval_fraction=0.0), tokenizer)
+    assert data.form == {"messages": messages, "system": system}
+
+
 def test_a_single_row_is_trained_on_not_held_out(tokenizer, tmp_path):
     data = tokenise(settings_for(tmp_path, [{"text": "a"}], eval_fraction=0.5), tokenizer)
     assert (len(data.train), len(data.held_out)) == (1, 0)
