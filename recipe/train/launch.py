@@ -205,20 +205,25 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
             _kill(process)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    events = read_jsonl(run.events)[started:]
-    errors = [event for event in events if event["kind"] == "error"]
-    loaded = any(event["kind"] == "loaded" for event in events)
-    if stops and (len(stops) > 1 or not loaded) and not run.finished:
+    _judge(run, read_jsonl(run.events)[started:], stops, log_start, process.returncode)
+
+
+def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], log_start: int, code: int) -> None:
+    """How a training of these events and signals has ended: returns where it is finished, else raises.
+
+    What the ranks have written counts, not how their processes ended: one that dies after its work is done has done it.
+    """
+    kinds = {event["kind"] for event in events}
+    if run.finished:
+        return
+    if stops and (len(stops) > 1 or "loaded" not in kinds or "stopped" in kinds):
         raise Stopped(run, stops[0])  # what ranks say that were ended so is no error
     _raise_if_killed(run, log_start)
-    if errors:
+    if errors := [event for event in events if event["kind"] == "error"]:
         _raise(errors[0], run)
-    if stops and not run.finished:
+    if stops:
         raise Stopped(run, stops[0])
-    if not run.finished:
-        raise Refused(
-            f"training ended without a result (launcher's exit code {process.returncode}); see {run.log}"
-        )
+    raise Refused(f"training ended without a result (launcher's exit code {code}); see {run.log}")
 
 
 def _raise_if_killed(run: Run, log_start: int) -> None:

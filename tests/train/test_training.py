@@ -1,5 +1,6 @@
 """Two real ranks: what a run leaves behind, and that it ends the same whatever happened on the way."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -12,8 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from recipe.cli import main
+from recipe.errors import Refused
 from recipe.settings import load
+from recipe.train import launch
 from recipe.train.checkpoint import damaged_files
+from recipe.train.run import Run
 from tests.train.tiny_run import (
     NO_DROPOUT,
     PLAIN_STEPS,
@@ -276,6 +280,33 @@ def test_a_run_by_epochs_says_how_far_it_will_go(tmp_path):
     assert code == 0, err
     steps = json.loads((tmp_path / "runs" / "epochs" / "summary.json").read_text())["steps"]
     assert f"training to step {steps}" in err and f"step 1/{steps}: " in err
+
+
+ABORTED = "failed (exitcode: -6) local_rank: 0 (pid: 1)\n"
+LOADED = {"kind": "loaded", "message": ""}
+STOPPED = {"kind": "stopped", "message": ""}
+ENDINGS = {
+    "finished, then aborted": (True, [LOADED], [], None, ""),
+    "stopped, then aborted": (False, [LOADED, STOPPED], [15], launch.Stopped, "go on with RUN=judged"),
+    "aborted while stopping": (False, [LOADED], [15], Refused, "rank 0 was killed by SIGABRT"),
+    "aborted": (False, [LOADED], [], Refused, "rank 0 was killed by SIGABRT"),
+    "stopped before it was loaded": (False, [], [2], launch.Stopped, "before anything was to be saved"),
+}
+
+
+@pytest.mark.parametrize(
+    ("finished", "events", "stops", "ending", "said"), ENDINGS.values(), ids=ENDINGS.keys()
+)
+def test_what_the_ranks_have_written_counts_not_how_they_ended(
+    finished, events, stops, ending, said, tmp_path
+):
+    run = Run(tmp_path / "judged")
+    run.folder.mkdir()
+    run.log.write_text(ABORTED)
+    if finished:
+        run.summary.write_text("{}")
+    with pytest.raises(ending, match=said) if ending else contextlib.nullcontext():
+        launch._judge(run, events, stops, 0, 1)
 
 
 def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
