@@ -30,6 +30,8 @@ from recipe.train.run import Run, read_jsonl
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from recipe.train.watch import StopRequest, Watch
 
+BLAME_SECONDS = 1.0  # ten looks of the launcher
+
 
 def main() -> int:
     """Train, and say in the run's events what went wrong. Returns the exit code."""
@@ -47,6 +49,8 @@ def main() -> int:
         text = traceback.format_exc()
         print(text, file=sys.stderr)
         run.event("error", f"{type(error).__name__}: {error}", exit_code=1, rank=_rank(), traceback=text)
+        # Where another rank was killed, this one has only lost its connection. The launcher blames who ends first.
+        time.sleep(BLAME_SECONDS)
         return 1
     finally:
         if dist.is_initialized():
