@@ -181,6 +181,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from recipe.prepare import prepare
+    from recipe.prepare.rates import render
 
     settings = _settings(arguments)
     _machine(settings)
@@ -188,11 +189,19 @@ def _prepare(arguments: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
     if arguments.json:
         _print(
-            {"folder": str(prepared.folder), "name": prepared.name, "bytes": size, "fresh": prepared.fresh}
+            {
+                "folder": str(prepared.folder),
+                "name": prepared.name,
+                "bytes": size,
+                "fresh": prepared.fresh,
+                "rates": prepared.rates,
+            }
         )
     else:
         done = "quantised" if prepared.fresh else "was there already"
         print(f"{prepared.name}: {done}, {size / 2**30:.2f} GiB of NF4 in {prepared.folder}")
+        if prepared.rates:
+            print(render(prepared.rates))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of
@@ -15,12 +16,13 @@ RECORD = "prepare.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """An NF4 checkpoint: the folder, the model's name, and whether this call has made it."""
+    """An NF4 checkpoint: the folder, the model's name, and whether this call has made it, and then how fast."""
 
     folder: Path
     name: str
     revision: str | None
     fresh: bool
+    rates: dict[str, Any] | None = None  # see rates.summary
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -48,7 +50,10 @@ def prepared_folder(settings: Settings) -> Path:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Find the model, and quantise it unless that is done. Raises UserError (see source.py, quantise.py)."""
+    """Find the model, and quantise it unless that is done.
+
+    Raises UserError in one line (see source.py, hub.py, already.py, quantise.py).
+    """
     target = prepared_folder(settings)
     if (target / RECORD).exists():
         _check_sizes(target)
@@ -57,17 +62,19 @@ def prepare(settings: Settings) -> Prepared:
     source = find_source(settings)
     quantization = read_json(source.folder / "config.json").get("quantization_config")
     if quantization:
-        if not (quantization.get("load_in_4bit") and quantization.get("bnb_4bit_quant_type") == "nf4"):
-            method = quantization.get("quant_method", "unknown")
-            raise UserError(
-                f"{source.folder}/config.json: the weights are quantised already ({method}), expected an unquantised "
-                "checkpoint or bitsandbytes NF4"
-            )
+        from recipe.prepare.already import check_quantised, check_said
+
+        check_said(source.folder, quantization)
+        if source.hub and not source.hub.keep:
+            source.done()
+            source = find_source(settings, keep=True)  # what is taken as it is stays
+        source = source.complete()
+        check_quantised(source.folder)
         return Prepared(source.folder, source.name, source.revision, fresh=False)
     from recipe.prepare.quantise import quantise
 
-    quantise(source, target, settings.quantization)
-    return Prepared(target, source.name, source.revision, fresh=True)
+    rates = quantise(source, target, settings.quantization)
+    return Prepared(target, source.name, source.revision, fresh=True, rates=rates)
 
 
 def verify(prepared: Prepared) -> list[str]:

@@ -1,240 +1,124 @@
-"""Streaming NF4: a Hugging Face checkpoint becomes a 4-bit one, a tensor at a time, in bitsandbytes' standard format.
+"""Streaming NF4: a Hugging Face checkpoint becomes a 4-bit one in bitsandbytes' standard format.
 
 What is written is what transformers writes for `load_in_4bit` (packed bytes as uint8, double-quantised absmax), so
 plain `from_pretrained` loads it and gives, to the bit, the logits of the model that transformers quantises itself.
 The bytes get the dtype that FSDP2 gathers in when they are loaded (recipe/engine/load.py), by view, never by a cast.
 
-Memory: one output shard (1 GiB) and one tensor. An interrupted run goes on at the output shard that it was writing.
+The work is done by the stages of pipeline.py, a source file at a time. An interrupted run goes on at the output shard
+that it was writing; of a source on the hub that is not kept, the files that are quantised already are not fetched again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from recipe.errors import UserError
 from recipe.files import publish, read_json, require_space, sha256_of, write_json
+from recipe.prepare.entries import Entry, bnb_config, find_entries, split
+from recipe.prepare.pipeline import Pipeline, Shard
+from recipe.prepare.rates import PeakMemory, summary
 from recipe.prepare.source import INDEX, Source
 from recipe.settings import Quantization
 
 RECORD = "prepare.json"
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2 * 2**30  # one output shard per source file of the usual 5 GB
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*")
-BLOCK = 64  # weights per absmax constant
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the source checkpoint."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    quantised: bool
-
-    @property
-    def source_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def target_bytes(self) -> int:
-        """Bytes after preparation, absmax constants included (upper bound: not double-quantised)."""
-        return self.numel // 2 + self.numel // BLOCK * 4 if self.quantised else self.source_bytes
 
 
 def quantise(
     source: Source, target: Path, quantization: Quantization, shard_bytes: int = SHARD_BYTES
-) -> None:
+) -> dict[str, Any] | None:
     """Write `source` as NF4 to the folder `target`, which appears only when it is complete.
 
-    Raises UserError where the checkpoint is damaged, does not fit its config, or the disk is too small.
+    Returns the rates of this call (see rates.summary), None where an earlier call had done all the quantising.
+    Raises UserError where the checkpoint is damaged, does not fit its config, has NaN or infinite weights, cannot be
+    fetched, or the disk is too small.
     """
-    bnb_config = _bnb_config(quantization)
-    entries = list(_entries(source, bnb_config))
-    _refuse_surprises(entries, source)
-    shards = _split(entries, shard_bytes)
+    entries = find_entries(source, quantization)
+    parts = split(entries, shard_bytes)
+    shards = [
+        Shard(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part)
+        for number, part in enumerate(parts, 1)
+    ]
     partial = target.with_name(f".{target.name}.partial")
+    progress = _resume(partial, _fingerprint(source, entries, quantization, shard_bytes))
+    todo = [shard for shard in shards if shard.name not in progress["files"]]
+    files = list(dict.fromkeys(shard.entries[0].file for shard in todo))
     require_space(
         target,
-        sum(entry.target_bytes for entry in entries) - _bytes_in(partial),
-        f"the NF4 model {target.name}",
+        sum(entry.target_bytes for shard in todo for entry in shard.entries) + source.space_for(files),
+        f"the NF4 model {target.name}" + source.space_reason,
     )
-    progress = _resume(partial, _fingerprint(entries, quantization))
+    partial.mkdir(parents=True, exist_ok=True)
+    rates = _run(source, partial, quantization, entries, todo, files, progress) if todo else None
+    progress["rates"] = rates or progress.get("rates")
     for pattern in COPIED:
         for path in source.folder.glob(pattern):
             if path.name != INDEX:
                 shutil.copyfile(path, partial / path.name)
-    weight_map: dict[str, str] = progress["weight_map"]
-    done_shards: dict[str, dict] = progress["files"]
-    with tqdm(
-        total=sum(e.source_bytes for e in entries),
-        unit="B",
-        unit_scale=True,
-        desc="quantise",
-        leave=False,
-        disable=None,
-    ) as bar:
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if name not in done_shards:
-                tensors = {}
-                for entry in shard:
-                    tensors.update(_prepared(entry, quantization))
-                    bar.update(entry.source_bytes)
-                aside = partial / f".{name}"
-                save_file(tensors, aside, metadata={"format": "pt"})
-                digest = sha256_of(aside)
-                os.replace(aside, partial / name)
-                weight_map.update(dict.fromkeys(tensors, name))
-                done_shards[name] = {"sha256": digest, "bytes": (partial / name).stat().st_size}
-                write_json(partial / RECORD, progress)
-            else:
-                bar.update(sum(entry.source_bytes for entry in shard))
-    _finish(partial, source, entries, progress, bnb_config)
+    _finish(partial, source, entries, progress, quantization)
     publish(partial, target)
+    source.done()
+    return rates
 
 
-def _bnb_config(quantization: Quantization):
-    from transformers import BitsAndBytesConfig
+def _run(
+    source: Source,
+    partial: Path,
+    quantization: Quantization,
+    entries: list[Entry],
+    todo: list[Shard],
+    files: list[Path],
+    progress: dict,
+) -> dict[str, Any]:
+    """Quantise the shards in `todo`, and keep `progress` and its record on the disk up to date with what is done."""
+    left = Counter(shard.entries[0].file for shard in todo)
+    total, size = sum(entry.source_bytes for entry in entries), sum(shard.source_bytes for shard in todo)
+    with (
+        PeakMemory() as memory,
+        source.feed(files) as feed,
+        tqdm(total=total, initial=total - size, unit="B", unit_scale=True, desc="quantise", leave=False, disable=None) as bar,
+    ):  # fmt: skip
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+        def durable(shard: Shard) -> None:
+            assert shard.file is not None
+            progress["weight_map"].update(dict.fromkeys(shard.file.names(), shard.name))
+            progress["files"][shard.name] = {"sha256": shard.sha256, "bytes": shard.bytes}
+            write_json(partial / RECORD, progress)
+            bar.update(shard.source_bytes)
+            file = shard.entries[0].file
+            left[file] -= 1
+            if not left[file]:
+                feed.drop(file)
 
-
-def _entries(source: Source, bnb_config) -> Iterator[Entry]:
-    """Every tensor that the model needs, in the order of the files."""
-    wanted, quantised = _model_tensors(source, bnb_config)
-    found: dict[str, Path] = {}
-    for file in source.shards:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name in found:
-                        raise UserError(
-                            f"{file}: {name} is in {found[name].name} too, expected each tensor once"
-                        )
-                    if name not in wanted:
-                        continue
-                    found[name] = file
-                    piece = tensors.get_slice(name)
-                    shape, dtype = tuple(piece.get_shape()), tensors.get_slice(name)[:0].dtype
-                    if shape != wanted[name]:
-                        raise UserError(
-                            f"{file}: {name} has shape {list(shape)}, expected {list(wanted[name])} from config.json; "
-                            "weights and config are of different models"
-                        )
-                    yield Entry(name, file, shape, dtype, name in quantised)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: is cut short or damaged ({error}); fetch it again") from None
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise UserError(
-            f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the checkpoint again"
-        )
+        pipeline = Pipeline(partial, quantization, feed.obtain, durable)
+        begin = time.perf_counter()
+        pipeline.run(todo)
+        seconds = time.perf_counter() - begin
+    return summary([*feed.stages, *pipeline.stages], size, seconds, memory.bytes)
 
 
-def _model_tensors(source: Source, bnb_config) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Shapes by name of all tensors of the model, and the names of those that transformers itself would quantise."""
-    import bitsandbytes as bnb
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers import AutoHfQuantizer
-
-    config = AutoConfig.from_pretrained(source.folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    quantizer = AutoHfQuantizer.from_config(bnb_config)
-    skipped = quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    replaced = replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=bnb_config)
-    quantised = {f"{name}.weight" for name, m in replaced.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    return shapes, quantised
-
-
-def _refuse_surprises(entries: list[Entry], source: Source) -> None:
-    """A large matrix that stays unquantised would be found only when the GPU is full."""
-    expected = ("model.embed_tokens.weight", "lm_head.weight")
-    for entry in entries:
-        if not entry.quantised and len(entry.shape) > 1 and entry.name not in expected:
-            raise UserError(
-                f"{source.folder}: {entry.name} {list(entry.shape)} would stay unquantised "
-                f"({entry.source_bytes / 2**20:.0f} MiB), expected only embeddings, head and norms to; "
-                "this architecture is not supported"
-            )
-        if entry.quantised and entry.numel % BLOCK:
-            raise UserError(
-                f"{entry.file}: {entry.name} has {entry.numel} values, expected a multiple of {BLOCK}"
-            )
-
-
-def _split(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.target_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.target_bytes
-    return shards
-
-
-def _prepared(entry: Entry, quantization: Quantization) -> dict[str, torch.Tensor]:
-    """The tensors that stand for `entry` in the NF4 checkpoint, on the CPU."""
-    from bitsandbytes.nn import Params4bit
-
-    with safe_open(entry.file, framework="pt") as tensors:
-        value = tensors.get_tensor(entry.name)
-    if not entry.quantised:
-        return {entry.name: value}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight = Params4bit(
-        value,
-        requires_grad=False,
-        quant_type=quantization.type,
-        compress_statistics=quantization.double_quant,
-    ).to(device)
-    state = weight.quant_state.as_dict(packed=True)
-    tensors_out = {entry.name: weight.data} | {f"{entry.name}.{key}": part for key, part in state.items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_out.items()}
-
-
-def _fingerprint(entries: list[Entry], quantization: Quantization) -> str:
-    """Tells whether a half-written result belongs to this source: names, shapes, file sizes and times."""
-    files = {e.file: e.file.stat() for e in entries}
+def _fingerprint(source: Source, entries: list[Entry], quantization: Quantization, shard_bytes: int) -> str:
+    """Tells whether a half-written result belongs to this source: names, shapes, and the files' sizes and times."""
     text = json.dumps(
         [
-            [str(quantization)],
+            [str(quantization), shard_bytes],
             [[e.name, e.shape, str(e.dtype), e.quantised] for e in entries],
-            [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in files.items()],
+            source.state_of(list(dict.fromkeys(entry.file for entry in entries))),
         ]
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _resume(partial: Path, fingerprint: str) -> dict:
-    """The record of a half-written result, after its files were checked; else an empty one in an empty folder."""
+    """The record of a half-written result, after its files were checked; else an empty one, and nothing in the folder."""
     record = partial / RECORD
     if record.exists():
         progress = read_json(record)
@@ -247,17 +131,26 @@ def _resume(partial: Path, fingerprint: str) -> dict:
             for path in partial.iterdir():
                 if path.name != RECORD and path.name not in shards:
                     path.unlink()
-            return {"fingerprint": fingerprint, "weight_map": progress["weight_map"], "files": shards}
+            kept = {key: progress.get(key) for key in ("fingerprint", "weight_map", "rates")}
+            return kept | {"files": shards}
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     return {"fingerprint": fingerprint, "weight_map": {}, "files": {}}
 
 
-def _finish(partial: Path, source: Source, entries: list[Entry], progress: dict, bnb_config) -> None:
+def _finish(
+    partial: Path,
+    source: Source,
+    entries: list[Entry],
+    progress: dict,
+    quantization: Quantization,
+) -> None:
     """config.json with the quantisation, the index, and the record with a hash for each file."""
     config = read_json(source.folder / "config.json")
-    config["quantization_config"] = json.loads(bnb_config.to_json_string(use_diff=False))
+    config["quantization_config"] = json.loads(bnb_config(quantization).to_json_string(use_diff=False))
     write_json(partial / "config.json", config)
+    # Small shards may become whole out of order, and what is written must not depend on that.
+    progress["files"] = dict(sorted(progress["files"].items()))
+    progress["weight_map"] = dict(sorted(progress["weight_map"].items(), key=lambda item: item[1]))
     total = sum(entry["bytes"] for entry in progress["files"].values())
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": progress["weight_map"]})
     for path in sorted(partial.iterdir()):
@@ -274,7 +167,3 @@ def _finish(partial: Path, source: Source, entries: list[Entry], progress: dict,
             **progress,
         },
     )
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

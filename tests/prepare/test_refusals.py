@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from recipe.errors import UserError
 from recipe.prepare import prepare
-from recipe.prepare.quantise import Entry, _refuse_surprises
+from recipe.prepare.entries import Entry, _refuse_surprises
 from recipe.prepare.source import Source
 from recipe.settings import from_dict
 from tests.models import tiny_checkpoint
