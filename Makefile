@@ -10,7 +10,7 @@ ARGS ?=
 export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan preflight prepare train eval export-adapters chat test lint lock clean ready runtime
+.PHONY: help setup demo plan preflight prepare train eval export-adapters chat bench test lint lock clean ready runtime
 .SILENT:
 
 BIN = .venv/bin/
@@ -37,6 +37,7 @@ help:
 	'  make chat             talk to it, adapters on or off (RUN=)' \
 	'' \
 	'Work on the recipe' \
+	'  make bench            speed and memory at true shapes, against other ways (ARGS=)' \
 	'  make test             the tests' \
 	'  make lint             style and types' \
 	'  make lock             renew both locks from requirements.in' \
@@ -77,6 +78,9 @@ eval chat: runtime ready
 
 export-adapters: runtime ready
 	$(RECIPE) export $(with_run) $(ARGS)
+
+bench: runtime ready
+	$(RECIPE) bench $(ARGS)
 
 test: ready
 	$(BIN)python -m pytest $(ARGS)

@@ -106,7 +106,55 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
     add("demo", "the whole job, small and real: prepare, train, export, compare", _demo, run_name=True)
+    _bench_options(
+        add("bench", "speed and memory at a model's true shapes, random weights, against other ways", _bench)
+    )
     return top
+
+
+def _bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "--model-shape",
+        default="llama-3.1-70b",
+        metavar="NAME",
+        help="a known model, tiny, or a folder with config.json (default: llama-3.1-70b)",
+    )
+    bench.add_argument(
+        "--cap-gib", type=float, default=22.5, metavar="G", help="allocator limit per GPU (default: 22.5)"
+    )
+    bench.add_argument(
+        "--gpus", type=int, metavar="N", help="0: two CPU ranks (default: 1 where there is a GPU)"
+    )
+    bench.add_argument(
+        "--against",
+        default="article,fsdp_qlora,trl",
+        metavar="NAMES",
+        help="other ways to measure beside ours, or none (default: article,fsdp_qlora,trl)",
+    )
+    bench.add_argument(
+        "--only",
+        default="none",
+        metavar="NAMES",
+        help="measure these alone, such as ours; none: leave none out",
+    )
+    bench.add_argument(
+        "--tokens", default="4096,8192", metavar="LIST", help="tokens per micro-batch of ours and trl"
+    )
+    bench.add_argument(
+        "--document-tokens", type=int, metavar="N", help="pack documents of this length (default: one a row)"
+    )
+    bench.add_argument("--layers", type=int, metavar="N", help="this many decoder layers of the shape")
+    bench.add_argument(
+        "--offload", default="auto", metavar="K", help="layers that ours keeps in host RAM, or auto (default)"
+    )
+    bench.add_argument("--dropout", type=float, default=0.05, metavar="P", help="of LoRA (default: 0.05)")
+    bench.add_argument("--steps", type=int, default=5, metavar="S", help="timed steps, after 2 (default: 5)")
+    bench.add_argument(
+        "--micro-batches", type=int, default=1, metavar="M", help="of one sequence, per step (default: 1)"
+    )
+    bench.add_argument("--profile", action="store_true", help="one more step, kernel by kernel")
+    bench.add_argument("--figure", metavar="FILE.svg", help="write a bar chart too")
+    bench.add_argument("--suite", metavar="NAME", help="two-cards: comes with a later version")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -266,6 +314,17 @@ def _demo(arguments: argparse.Namespace) -> int:
     from recipe import showcase
 
     return showcase.demo(load_runs_folder(arguments.overrides), arguments.run, arguments.json)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from recipe import bench
+
+    if arguments.overrides:
+        raise UserError(
+            f"--set {arguments.overrides[0]}: bench reads no config, expected its own options; "
+            "see `recipe bench --help`"
+        )
+    return bench.run(arguments)
 
 
 if __name__ == "__main__":
