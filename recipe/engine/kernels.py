@@ -138,12 +138,14 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
 
 
 @_jit
-def _keep(rows, cols, width, row0, key0, key1, threshold):
-    """dropout_mask's tile. Its first and last steps are folded: what they add to every element alike is added once."""
-    key0 = key0.to(tl.uint32)
-    threshold = threshold.to(tl.uint32)
-    x = ((row0 + rows).to(tl.uint32) * width.to(tl.uint32))[:, None] + cols.to(tl.uint32)[None, :]
-    x = x ^ (x >> 16) ^ (key0 ^ (key0 >> 16))
+def _keep(rows, start, width, row0, key0, key1, threshold, COLS: tl.constexpr, GROUP: tl.constexpr):
+    """dropout_mask's tile of COLS columns from `start`, bit for bit, in fewer steps: arithmetic is what it costs."""
+    key0, threshold = key0.to(tl.uint32), threshold.to(tl.uint32)
+    cols = tl.arange(0, COLS)
+    base = ((row0 + rows).to(tl.uint32) * width.to(tl.uint32))[:, None]
+    # GROUP neighbours differ in their last bits only, so that the first step is done once for all of them.
+    x = base + (start + cols // GROUP * GROUP).to(tl.uint32)[None, :]
+    x = x ^ (x >> 16) ^ (key0 ^ (key0 >> 16)) ^ (cols % GROUP).to(tl.uint32)[None, :]
     x *= 0x7FEB352D
     x ^= x >> 15
     x *= 0x846CA68B
@@ -153,15 +155,14 @@ def _keep(rows, cols, width, row0, key0, key1, threshold):
     x *= 0x7FEB352D
     x ^= x >> 15
     x *= 0x846CA68B
-    # x ^ (x >> 16) >= threshold: only where the upper halves are equal does the lower half count, and there they
-    # are interchangeable.
+    # x ^ (x >> 16) >= threshold: the lower half counts only where the upper halves are equal, that is interchangeable.
     return (x ^ (threshold >> 16)) >= threshold
 
 
 @_jit
 def _lora_down_kernel(
     x, a, out, tokens, width, x_stride, a_stride, row0, key0, key1, threshold, scale, cols_per_part,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -173,7 +174,7 @@ def _lora_down_kernel(
         cols = start + tl.arange(0, BLOCK_C)
         inside = (cols < width)[None, :]
         values = tl.load(x_rows + cols[None, :], mask=(rows < tokens)[:, None] & inside, other=0.0)
-        values = tl.where(_keep(rows, cols, width, row0, key0, key1, threshold), values, 0.0)
+        values = tl.where(_keep(rows, start, width, row0, key0, key1, threshold, BLOCK_C, GROUP), values, 0.0)
         weights = tl.load(a_rows + cols[None, :], mask=(ranks < RANK)[:, None] & inside, other=0.0)
         total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
     at = (part.to(tl.int64) * tokens + rows)[:, None] * RANK + ranks[None, :]
@@ -184,9 +185,10 @@ def _lora_down_kernel(
 def _lora_down_grad_kernel(
     dxa, x, out, tokens, width, dxa_stride, x_stride, row0, key0, key1, threshold, scale, rows_per_part,
     DROP: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(0) * BLOCK_C
+    cols = first + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
     ranks = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -195,7 +197,9 @@ def _lora_down_grad_kernel(
         far, inside = rows.to(tl.int64)[:, None], (rows < tokens)[:, None]
         values = tl.load(x + far * x_stride + cols[None, :], mask=inside & (cols < width)[None, :], other=0.0)
         if DROP:
-            values = tl.where(_keep(rows, cols, width, row0, key0, key1, threshold), values, 0.0)
+            values = tl.where(
+                _keep(rows, first, width, row0, key0, key1, threshold, BLOCK_C, GROUP), values, 0.0
+            )
         thin = tl.load(
             dxa + far * dxa_stride + ranks[None, :], mask=inside & (ranks < RANK)[None, :], other=0.0
         )
@@ -207,10 +211,11 @@ def _lora_down_grad_kernel(
 @_jit
 def _lora_down_input_grad_kernel(
     dx, dxa, a, tokens, width, dx_stride, dxa_stride, a_stride, row0, key0, key1, threshold, scale,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * BLOCK_C
+    cols = first + tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_R)
     far, inside = rows.to(tl.int64)[:, None], (rows < tokens)[:, None]
     thin = tl.load(dxa + far * dxa_stride + ranks[None, :], mask=inside & (ranks < RANK)[None, :], other=0.0)
@@ -220,7 +225,7 @@ def _lora_down_input_grad_kernel(
         other=0.0,
     )
     added = tl.dot(thin, weights, input_precision="ieee") * scale
-    added = tl.where(_keep(rows, cols, width, row0, key0, key1, threshold), added, 0.0)
+    added = tl.where(_keep(rows, first, width, row0, key0, key1, threshold, BLOCK_C, GROUP), added, 0.0)
     at, inside = dx + far * dx_stride + cols[None, :], inside & (cols < width)[None, :]
     tl.store(at, tl.load(at, mask=inside, other=0.0).to(tl.float32) + added, mask=inside)
 
@@ -238,7 +243,7 @@ def lora_down(x: Tensor, a: Tensor, dropout: Dropout | None = None, row0: int = 
     out = x.new_empty(parts, tokens, rank, dtype=x.dtype if parts == 1 else torch.float32)
     _lora_down_kernel[(triton.cdiv(tokens, block_t), parts)](
         x, a, out, tokens, width, x.stride(0), a.stride(0), *_drop_arguments(dropout, row0), cols_per_part,
-        RANK=rank, BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c,
+        RANK=rank, GROUP=_group(width), BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c,
         num_warps=4 if block_r <= 64 else 8, num_stages=3 if block_r <= 64 else 2,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(x.dtype)
@@ -250,13 +255,13 @@ def lora_down_grad(dxa: Tensor, x: Tensor, dropout: Dropout | None = None, row0:
         return reference.lora_down_grad(dxa, x, dropout, row0)
     (tokens, width), rank = x.shape, dxa.shape[1]
     block_r = _rank_block(rank)
-    block_t, block_c = 64 if x.itemsize == 2 else 32, 128 if block_r <= 64 else 64
+    block_t, block_c = (64, 128 if block_r <= 64 else 64) if x.itemsize == 2 else (32, 32)
     parts = 8 if width < 16384 else 4
     rows_per_part = triton.cdiv(triton.cdiv(tokens, parts), block_t) * block_t
     out = x.new_empty(parts, rank, width, dtype=torch.float32)
     _lora_down_grad_kernel[(triton.cdiv(width, block_c), parts)](
         dxa, x, out, tokens, width, dxa.stride(0), x.stride(0), *_drop_arguments(dropout, row0), rows_per_part,
-        DROP=dropout is not None, RANK=rank, BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c,
+        DROP=dropout is not None, RANK=rank, GROUP=_group(width), BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c,
         num_warps=4 if block_r <= 64 else 8, num_stages=3 if block_r <= 64 else 2,
     )  # fmt: skip
     return out.sum(0)
@@ -273,13 +278,17 @@ def lora_down_input_grad_(
     block_t, block_c = 64, (128 if block_r <= 64 else 64) if dx.itemsize == 2 else 32
     _lora_down_input_grad_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_c))](
         dx, dxa, a, tokens, width, dx.stride(0), dxa.stride(0), a.stride(0), *_drop_arguments(dropout, row0),
-        RANK=rank, BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=8,
+        RANK=rank, GROUP=_group(width), BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=8,
     )  # fmt: skip
     return dx
 
 
 def _rank_block(rank: int) -> int:
     return max(triton.next_power_of_2(rank), 16)  # tensor cores take no fewer
+
+
+def _group(width: int) -> int:
+    return 8 if width % 8 == 0 else 1
 
 
 def _drop_arguments(dropout: Dropout | None, row0: int) -> tuple[int, int, int, int, float]:
@@ -364,11 +373,7 @@ def swiglu(
 
 
 def swiglu_backward_(
-    dh: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_lora: LowRank | None = None,
-    up_lora: LowRank | None = None,
+    dh: Tensor, gate: Tensor, up: Tensor, gate_lora: LowRank | None = None, up_lora: LowRank | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In place, (T,I) each: gate becomes d_gate, up d_up and dh swiglu's own result h; returned in this order."""
     if not use_triton(gate):
@@ -384,7 +389,7 @@ def _launch_swiglu(
     gate_xa, gate_b = gate_lora or (gate, gate)  # unused if there is none
     up_xa, up_b = up_lora or (up, up)
     gate_rank, up_rank = gate_b.shape[1] if gate_lora else 0, up_b.shape[1] if up_lora else 0
-    block_t, block_c = 32, 128
+    block_t, block_c = 32, 128 if gate.itemsize == 2 else 32
     _swiglu_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_c))](
         gate, up, gate_xa, gate_b, up_xa, up_b, out, tokens, width,
         gate.stride(0), up.stride(0), gate_xa.stride(0), gate_b.stride(0), up_xa.stride(0), up_b.stride(0),
@@ -398,7 +403,7 @@ def _launch_swiglu(
 
 @_jit
 def _dequantize_nf4_kernel(
-    packed, absmax, nested_absmax, nested_code, table, out, offset, blocks, values,
+    packed, absmax, nested_absmax, nested_code, table, out, offset, blocks, pairs,
     NESTED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -407,11 +412,11 @@ def _dequantize_nf4_kernel(
         coarse = tl.load(nested_absmax + block // 256, mask=block < blocks, other=0.0)
         scale = tl.load(nested_code + scale.to(tl.int32)) * coarse + offset
     at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    pair = tl.load(packed + at, mask=at * 2 < values, other=0).to(tl.int32)
+    pair = tl.load(packed + at, mask=at < pairs, other=0).to(tl.int32)
     high = tl.load(table + (pair >> 4)) * scale[:, None]
     low = tl.load(table + (pair & 15)) * scale[:, None]
     at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + at, tl.interleave(high, low), mask=at < values)
+    tl.store(out + at, tl.interleave(high, low), mask=at < 2 * pairs)
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, nested: Nested | None, out: Tensor) -> Tensor:
@@ -422,7 +427,7 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, nested: Nested | None, out: T
     coarse, code, offset = nested or Nested(absmax, absmax, 0.0)  # unused if there is none
     blocks_per_program = 64
     _dequantize_nf4_kernel[(triton.cdiv(blocks, blocks_per_program),)](
-        packed, absmax, coarse, code, reference.nf4_table(out.device), out, offset, blocks, out.numel(),
+        packed, absmax, coarse, code, reference.nf4_table(out.device), out, offset, blocks, out.numel() // 2,
         NESTED=nested is not None, BLOCKS=blocks_per_program, num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds between the product and the offset
     )  # fmt: skip

@@ -124,11 +124,7 @@ def swiglu(
 
 
 def swiglu_backward_(
-    dh: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_lora: LowRank | None = None,
-    up_lora: LowRank | None = None,
+    dh: Tensor, gate: Tensor, up: Tensor, gate_lora: LowRank | None = None, up_lora: LowRank | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In place, (T,I) each: gate becomes d_gate, up d_up and dh swiglu's own result h; returned in this order."""
     g, u, d = _plus(gate, gate_lora), _plus(up, up_lora), dh.float()
