@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import re
 import sys
@@ -90,6 +91,9 @@ def measure(spec: Spec, rank: int) -> dict[str, Any]:
     built = memory_of(device)
     say(rank, f"built in {build_seconds:.1f} s")
     losses = program.train(clock) if hasattr(program, "train") else drive(program, spec, clock)
+    for step, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss} in step {step}")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(compute_dtype(device)).removeprefix("torch."),
