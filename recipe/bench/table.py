@@ -42,6 +42,10 @@ def render(document: dict[str, Any]) -> str:
     if document["ratios"]:
         lines += ["", *(_ratio(ratio) for ratio in document["ratios"])]
     for row in rows:
+        if row["variant"] == OURS and row.get("details"):
+            chosen = ", ".join(f"{name} {value}" for name, value in row["details"].items())
+            lines += textwrap.wrap(f"ours {row['tokens']}: {chosen}", WIDTH)
+    for row in rows:
         if row.get("profile"):
             lines += ["", *_profile(row)]
     return "\n".join(line.rstrip() for line in lines)
@@ -85,15 +89,17 @@ def model_line(document: dict[str, Any]) -> str:
     model = document["model"]
     billions = model["parameters"] / 1e9
     size = f"{billions:.1f} B" if billions >= 0.1 else f"{model['parameters'] / 1e6:.1f} M"
-    return f"{model['name']}, {model['layers']} layers, {size} parameters"
+    return f"{model['name']}, {model['layers']} layer{'s' * (model['layers'] > 1)}, {size} parameters"
 
 
 def _heading(document: dict[str, Any]) -> list[str]:
     versions, rows = document["versions"], document["results"]
-    cap = rows[0]["cap_gib"]
+    cap, documents, micro = (rows[0][name] for name in ("cap_gib", "document_tokens", "micro_batches"))
     facts = [
         f"{model_line(document)}, random NF4 weights",
         machine_line(document) + (f", allocator capped at {cap:g} GiB per GPU" if cap else ""),
+        f"LoRA dropout {rows[0]['dropout']:g}; {'1 micro-batch' if micro == 1 else f'{micro} micro-batches'} of one row per step; "
+        + (f"documents of {documents} tokens in a row" if documents else "one document a row"),
         ", ".join(f"{name} {versions[name]}" for name in ("torch", "bitsandbytes", "peft", "transformers")),
     ]
     if rates := [row["matmul_tflops"] for row in rows if row["status"] == "measured"]:

@@ -34,6 +34,7 @@ def test_rows_without_a_number_say_why_within_the_width():
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "out of memory: asked for 1.96 GiB (cap 22.5 GiB)" in text
     assert "failed: ValueError: long" in text
+    assert "ours 131072: offloaded_layers 46, kept x" in text
     assert "ours at 131072 tokens = 3.33 × article at 1024 tokens" in text
     texts = [
         t.text for t in xml.etree.ElementTree.fromstring(table.figure(a_document(*rows))).iter(f"{SVG}text")
