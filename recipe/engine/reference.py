@@ -41,9 +41,13 @@ class Nested(NamedTuple):
 
 def dropout_mask(rows: int, cols: int, dropout: Dropout, row0: int, device: torch.device | str) -> Tensor:
     """True where an element stays: (rows, cols) of the matrix whose row `row0` is the first one here."""
+    return _hashes(rows, cols, dropout.key, row0, device) >= dropout.threshold
+
+
+def _hashes(rows: int, cols: int, key: tuple[int, int], row0: int, device: torch.device | str) -> Tensor:
     index = torch.arange(row0 * cols, (row0 + rows) * cols, device=device) & 0xFFFFFFFF
-    hashed = _mix((_mix(index ^ (dropout.key[0] & 0xFFFFFFFF)) + dropout.key[1]) & 0xFFFFFFFF)
-    return (hashed >= dropout.threshold).view(rows, cols)
+    hashes = _mix((_mix(index ^ (key[0] & 0xFFFFFFFF)) + key[1]) & 0xFFFFFFFF)
+    return hashes.view(rows, cols)
 
 
 def _mix(x: Tensor) -> Tensor:

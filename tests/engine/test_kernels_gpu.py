@@ -241,6 +241,18 @@ def test_mask_of_ones():
         assert torch.equal(grad > 0, mask)
 
 
+def test_mask_at_its_threshold():
+    """An element whose hash is the threshold stays, and goes at the next one: all 32 bits are compared."""
+    ones, eye = torch.ones(16, 16, device=DEVICE), torch.eye(16, device=DEVICE)
+    hashes = reference._hashes(16, 16, DROPOUT.key, 0, DEVICE)
+    for i in range(16):
+        for more in (0, 1):
+            dropout = Dropout((hashes[i, i].item() + more) / 2**32, DROPOUT.key)
+            mask = kernels.lora_down(ones, eye, dropout) > 0
+            assert torch.equal(mask, hashes >= dropout.threshold)
+            assert mask[i, i].item() == (more == 0)
+
+
 def test_chunks():
     """A chunk of tokens gives the very rows of the whole."""
     x, a = normal(150, 256, dtype=torch.float16), normal(16, 256, dtype=torch.float16, seed=1)
