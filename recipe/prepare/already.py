@@ -47,10 +47,11 @@ def check_quantised(folder: Path) -> None:
     for name in states:
         _check_weight(name.partition(f".{STATE}")[0], name, stored)
     known = {name.partition(f".{STATE}")[0] for name in states}
-    for name, (file, tensor) in stored.items():
+    for name, (file, _) in stored.items():
         owner = name.rpartition(".")[0]
         if name.endswith(".absmax") and owner not in known:
             raise UserError(f"{file}: {owner} has absmax but no `{STATE}nf4`; {ANOTHER}")
+    for name, (file, tensor) in stored.items():
         if name.endswith("_proj.weight") and name not in known:
             raise UserError(
                 f"{file}: {name} ({tensor.bytes / 2**20:.0f} MiB) is not quantised, expected NF4; {ANOTHER}"

@@ -59,6 +59,10 @@ class HubFeed:
         return [self.download]
 
     def __enter__(self) -> HubFeed:
+        wanted = {file.name for file in self.waiting}
+        for name in self.repository.weight_files():
+            if name not in wanted:  # quantised, but a kill came before it could go
+                self.repository.drop(name)
         for thread in self.threads:
             thread.start()
         return self
@@ -87,9 +91,8 @@ class HubFeed:
     def _fetch(self) -> None:
         try:
             while (file := self._next()) is not None:
-                size = self.repository.missing_bytes(file.name)
-                if size:
-                    with self.download.working(size):
+                if not self.repository.there(file.name):
+                    with self.download.working(self.repository.missing_bytes(file.name)):
                         self.repository.fetch([file.name], self.stop)
                 with self.changed:
                     self.ready.add(file)

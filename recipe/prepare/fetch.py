@@ -24,6 +24,7 @@ from typing import Any
 REPORT_SECONDS = 0.2
 TRIES = 5  # without a new byte between them
 SHA256_CHARACTERS = 64
+CHUNK_BYTES = 2**16
 
 
 class Wrong(Exception):
@@ -153,6 +154,8 @@ def files(request: dict) -> None:
     """Whole files, checked against what the hub states; a part that is there already is gone on with."""
     from huggingface_hub import constants
 
+    # Its 10 MiB would hold bytes back from the file, and from the watchdog, for minutes on a slow line.
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     folder = Path(request["folder"])
     parts = folder / ".hub"
     parts.mkdir(parents=True, exist_ok=True)
@@ -206,7 +209,7 @@ def by_http(request: dict, name: str, size: int, part: Path) -> None:
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            with open(part, "ab") as content:
+            with open(part, "ab", buffering=0) as content:
                 http_get(
                     url,
                     content,
