@@ -38,10 +38,15 @@ def sdpa_by_document(
     dropout=0.0,
     sliding_window=None,
     cu_seq_lens_q=None,
+    bounds=None,
     **kwargs,
 ):
-    """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim)."""
-    bounds = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else [0, query.shape[2]]
+    """query (1, heads, tokens, head_dim), key and value (1, kv_heads, tokens, head_dim) -> (1, tokens, heads, head_dim).
+
+    The documents' bounds come as a tensor, as transformers hands them down, or as a list in `bounds`.
+    """
+    if bounds is None:
+        bounds = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else [0, query.shape[2]]
     outputs = []
     for start, end in itertools.pairwise(bounds):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))

@@ -32,14 +32,23 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     return DTYPES[("bf16" if has_bf16 else "fp16") if wanted == "auto" else wanted]
 
 
+def set_accumulation(settings: Settings, dtype: torch.dtype) -> None:
+    """Let matrix products add up in fp16 where that is asked for. Raises UserError where they are not in fp16."""
+    if settings.compute.accumulate == "fp16" and dtype != torch.float16:
+        raise UserError(
+            f"compute.accumulate is `fp16`, but the run computes in {str(dtype).removeprefix('torch.')}; "
+            "expected compute.dtype: fp16 with it"
+        )
+    torch.backends.cuda.matmul.allow_fp16_accumulation = settings.compute.accumulate == "fp16"
+
+
 def attention_kind(settings: Settings, dtype: torch.dtype) -> str:
-    """`flash_attention_2`, `varlen` or `sdpa`. Raises UserError where the one asked for cannot be had."""
+    """`varlen` (FlashAttention-2 inside torch) or `sdpa`. Raises UserError where the one asked for cannot be had."""
     wanted = settings.compute.attention
     on_gpu = (
         torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
     )
     able = {
-        "flash_attention_2": on_gpu and importlib.util.find_spec("flash_attn") is not None,
         "varlen": on_gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         "sdpa": True,
     }
@@ -47,7 +56,7 @@ def attention_kind(settings: Settings, dtype: torch.dtype) -> str:
         return next(kind for kind, works in able.items() if works)
     if not able[wanted]:
         raise UserError(
-            f"compute.attention is `{wanted}`, which needs a GPU of compute capability 8.0 or newer, bf16 or fp16, and "
-            "its package; expected auto or sdpa here"
+            f"compute.attention is `{wanted}`, which needs a GPU of compute capability 8.0 or newer, bf16 or fp16; "
+            "expected auto or sdpa here"
         )
     return wanted

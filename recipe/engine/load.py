@@ -1,7 +1,8 @@
-"""Build on the meta device, shard with FSDP2, then let each rank read only the bytes of its own slices.
+"""From an NF4 checkpoint on disk to an engine: each rank reads only the bytes of its own slices.
 
-No rank ever holds the model: what is sharded is meta tensors, and each slice goes from the file to its place. Stock
-accelerate loads the whole 4-bit model on every rank first, which neither a 24 GB card nor a 64 GB host can hold.
+The model's skeleton (transformers, PEFT) stays on the meta device: it gives names, configuration and the plain
+arithmetic. What it computes with lies in the engine. Stock accelerate loads the whole 4-bit model on every rank first,
+which neither a 24 GB card nor a 64 GB host can hold.
 """
 
 from __future__ import annotations
@@ -9,24 +10,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from contextlib import ExitStack
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from recipe.engine.nf4 import NF4Linear, quant_state
+from recipe.engine.activations import Activations
+from recipe.engine.attend import Attention
+from recipe.engine.attention import attention_name
+from recipe.engine.checkpoint import Checkpoint
+from recipe.engine.engine import Engine
+from recipe.engine.head import VocabularyHead, vocabulary_slice
+from recipe.engine.layer import FusedLayer, Workspace
+from recipe.engine.layout import BLOCK, MODULES, Constants, Layout
+from recipe.engine.lora import Adapters
+from recipe.engine.memory import EmbeddingTable
+from recipe.engine.nf4 import NF4Linear
+from recipe.engine.plain import PlainLayer
+from recipe.engine.streams import Streams
+from recipe.engine.weights import LayerStore
 from recipe.errors import UserError
+from recipe.plan.placement import Placement, kept_bytes
+from recipe.plan.shapes import ModelShape, shape_from_config
 from recipe.settings import Lora
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
+READERS = 3  # layers read at once; each holds a slice in host RAM on its way to the GPU
 
 
 def load_sharded(
@@ -37,42 +53,60 @@ def load_sharded(
     dtype: torch.dtype,
     attention: str,
     seed: int,
+    placement: Placement,
+    max_tokens: int,
+    kernels: str = "fused",
 ) -> PeftModel:
-    """The NF4 checkpoint in `folder` with fresh LoRA adapters, sharded over `mesh`.
+    """The NF4 checkpoint in `folder` with fresh LoRA adapters, sharded over `mesh`; its engine is `model.engine`.
 
     LoRA parameters are fp32 masters, computed in `dtype` and reduced in fp32. Their start does not depend on the
-    number of ranks. Raises UserError where the checkpoint is damaged or does not fit its config.
+    number of ranks. max_tokens: the longest micro-batch. kernels: `fused` or `plain`. Raises UserError where the
+    checkpoint is damaged or does not fit its config, Refused where the host has too little memory.
     """
     with Checkpoint(folder) as checkpoint:
-        model = build(folder, lora, dtype, attention, checkpoint)
-        shard(model, mesh, dtype)
-        fill(model, checkpoint, mesh, device, seed)
+        config = model_config(folder)
+        shape = shape_from_config(json.loads((folder / "config.json").read_text()), f"{folder}/config.json")
+        nested = _is_nested(checkpoint)
+        model = skeleton(config, lora, dtype, attention_name(attention))
+        engine = make_engine(
+            model, shape, lora, mesh, device, dtype, attention, placement, max_tokens, kernels, nested
+        )
+        read_layers(engine, model, checkpoint, mesh.get_local_rank())
+        hidden = (shape.vocab, shape.hidden)
+        engine.embedding = EmbeddingTable.from_checkpoint(checkpoint, EMBEDDING, hidden)
+        head = EMBEDDING if shape.tied else HEAD
+        first, last = vocabulary_slice(shape.vocab, mesh.size(), mesh.get_local_rank())
+        engine.head.weight.copy_(checkpoint.read_rows(head, hidden, first, last))
+        engine.norm.copy_(checkpoint.read(NORM, (shape.hidden,)))
+        start_adapters(engine.adapters, seed)
     return model
 
 
-def build(folder: Path, lora: Lora, dtype: torch.dtype, attention: str, checkpoint: Checkpoint) -> PeftModel:
-    """The model on the meta device: NF4 linears where the checkpoint has absmax constants, LoRA around them."""
+def model_config(folder: Path) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config.use_cache = False
+    return config
+
+
+def skeleton(config: PretrainedConfig, lora: Lora, dtype: torch.dtype, attention: str) -> PeftModel:
+    """The model on the meta device: NF4 linears in every decoder layer, LoRA around them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and f"{name}.weight.absmax" in checkpoint.files:
-                new = NF4Linear(module.in_features, module.out_features, module.bias is not None, dtype)
+        for layer in model.model.layers:
+            for name in MODULES.values():
+                module = layer.get_submodule(name)
+                new = NF4Linear(module.in_features, module.out_features, module.bias is not None)
                 if module.bias is not None:
                     new.bias = nn.Parameter(module.bias.to(dtype))
-                model.set_submodule(name, new)
+                layer.set_submodule(name, new)
         model.tie_weights()
         model.requires_grad_(False)
-        model.config.use_cache = False
         peft_model = get_peft_model(
             model, peft_config(lora), low_cpu_mem_usage=True, autocast_adapter_dtype=False
         )
-        for name, module in peft_model.named_modules():
-            if ".lora_A." in name or ".lora_B." in name:
-                module.float()
-    # transformers' Trainer then leaves placement and gradient reduction to FSDP2 (is_distributed_loading_by_transformers).
+    # transformers' Trainer then leaves placement and gradient reduction alone (is_distributed_loading_by_transformers).
     model._is_distributed_loading_by_transformers = True
     return peft_model
 
@@ -88,160 +122,180 @@ def peft_config(lora: Lora) -> LoraConfig:
     )
 
 
-def shard(model: PeftModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Each decoder layer is one FSDP2 unit, and so is the rest.
-
-    The root must be sharded too: else every layer is its own root with its own streams and nothing is prefetched
-    (0.43 GiB stayed reserved per layer in the prototype). An untied embedding and head are units of their own, so
-    that they do not stay gathered through the step.
-    """
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
+def make_engine(
+    model: PeftModel,
+    shape: ModelShape,
+    lora: Lora,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    placement: Placement,
+    max_tokens: int,
+    kernels: str,
+    nested: bool,
+) -> Engine:
+    """An engine with room for everything and nothing in it yet; the model's LoRA parameters become its own."""
+    core = model.get_base_model()
+    config = core.config
+    streams = Streams(device)
+    adapters = Adapters(shape, lora, mesh, device, dtype)
+    layout = Layout.of(shape, mesh.size(), nested)
+    store = LayerStore(layout, adapters, device, placement.offloaded, streams)
+    with torch.device(device):
+        rotary = type(core.model.rotary_emb)(config)
+    first, last = vocabulary_slice(shape.vocab, mesh.size(), mesh.get_local_rank())
+    head = VocabularyHead(
+        torch.empty(last - first, shape.hidden, device=device, dtype=dtype), shape.vocab, mesh
     )
-    core = model.get_base_model()
-    units: list[nn.Module] = list(core.model.layers)
-    if not core.config.tie_word_embeddings:
-        units += [core.get_input_embeddings(), core.get_output_embeddings()]
-    for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if kernels == "plain":
+        arithmetic: PlainLayer | FusedLayer = PlainLayer(core.model.layers)
+    else:
+        arithmetic = FusedLayer(
+            shape,
+            config.rms_norm_eps,
+            adapters.scale,
+            Attention(attention, core.model.layers[0].self_attn.scaling),
+            [_window(layer.self_attn) for layer in core.model.layers],
+            Workspace(shape, placement.slots, device, dtype),
+            placement.mlp_chunk,
+        )
+    slots = [
+        kept_bytes(shape, keep, max_tokens, dtype.itemsize) if away else 0
+        for keep, away in zip(placement.keep, placement.away, strict=True)
+    ]
+    engine = Engine(
+        store=store,
+        adapters=adapters,
+        embedding=None,  # type: ignore[arg-type]  # mapped when the checkpoint is read
+        rotary=rotary,
+        norm=torch.empty(shape.hidden, device=device, dtype=dtype),
+        head=head,
+        eps=config.rms_norm_eps,
+        arithmetic=arithmetic,
+        activations=Activations(slots, device, streams),
+        placement=placement,
+        dropout=lora.dropout,
+    )
+    for (layer, module, kind), parameter in adapters.parameters.items():
+        place = core.model.layers[layer].get_submodule(MODULES[module])
+        (place.lora_A if kind == "A" else place.lora_B)["default"].weight = parameter
+    model.engine = engine
+    return engine
 
 
-def fill(model: PeftModel, checkpoint: Checkpoint, mesh: DeviceMesh, device: torch.device, seed: int) -> None:
-    """Give every meta parameter its slice on `device`, a parameter at a time."""
-    core = model.get_base_model()
-    tied_head = core.get_output_embeddings() if core.config.tie_word_embeddings else None
-    for prefix, module in model.named_modules():
-        if module is tied_head:
-            continue
-        name = checkpoint_name(prefix)
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.is_meta:
+def _window(attention: nn.Module) -> int | None:
+    return getattr(attention, "sliding_window", None)
+
+
+def _is_nested(checkpoint: Checkpoint) -> bool:
+    """Whether the absmax constants are quantised too. Raises UserError where the layers are no bitsandbytes NF4."""
+    name = f"model.layers.0.{MODULES['q_proj']}.weight"
+    state = next((key for key in checkpoint._constants.get(name, []) if key.startswith("quant_state.")), None)
+    if state != "quant_state.bitsandbytes__nf4":
+        raise UserError(
+            f"{checkpoint.folder}: {name} is not quantised to NF4, expected what `make prepare` writes"
+        )
+    return f"{name}.nested_absmax" in checkpoint
+
+
+def read_layers(engine: Engine, model: PeftModel, checkpoint: Checkpoint, rank: int) -> None:
+    """Fill the slices of this rank, and what every rank holds whole."""
+    store = engine.store
+    codes: dict[bytes, torch.Tensor] = {}
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        prefix = f"model.layers.{index}."
+        for name, module in MODULES.items():
+            weight = f"{prefix}{module}.weight"
+            store.constants[index][name] = _constants(checkpoint, weight, store, codes)
+        for name, parameter in layer.named_parameters():
+            if ".lora_" in name or isinstance(_owner(layer, name), NF4Linear) and name.endswith("weight"):
                 continue
-            if ".lora_" in prefix:
-                local = local_rows(initial_lora(prefix, parameter, seed), mesh).to(device)
-            elif isinstance(module, NF4Linear) and key == "weight":
-                local = checkpoint.read_packed(f"{name}.weight", parameter, mesh).to(device)
-                module.quant_state = quant_state(
-                    checkpoint.constants(f"{name}.weight"), device, parameter.dtype
-                )
-            else:
-                local = checkpoint.read_rows(f"{name}.{key}", parameter, mesh).to(device, parameter.dtype)
-            sharded = DTensor.from_local(
-                local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+            plain = name.replace(".base_layer", "")
+            value = checkpoint.read(prefix + plain, tuple(parameter.shape))
+            store.small[index][plain] = value.to(store.device, engine.adapters.dtype)
+    held = store.layout.of_rank(rank)
+    staging = threading.local()
+
+    def read(index: int) -> None:
+        shard = store.shards[index]
+        target = shard
+        if shard.is_cuda:
+            if not hasattr(staging, "slice"):
+                staging.slice = torch.empty(len(shard), dtype=torch.uint8)
+            target = staging.slice
+        for piece, start, end, place in held:
+            checkpoint.read_bytes(
+                f"model.layers.{index}.{piece.key}", start, target[place : place + end - start]
             )
-            module.load_state_dict({key: sharded}, assign=True, strict=False)
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            _rebuild_buffers(module, core.config, device)
-    if tied_head is not None:
-        tied_head.weight = core.get_input_embeddings().weight
+        if target is not shard:
+            shard.copy_(target)
+
+    for index in range(len(store.shards)):
+        for piece in store.layout.pieces.values():
+            _check_size(checkpoint, f"model.layers.{index}.{piece.key}", piece.size)
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(read, range(len(store.shards))):
+            pass
 
 
-def checkpoint_name(module_name: str) -> str:
-    """The name that a module of the PEFT model has in the checkpoint."""
-    return module_name.removeprefix("base_model.model.").removesuffix(".base_layer")
+def _owner(layer: nn.Module, parameter: str) -> nn.Module:
+    return layer.get_submodule(parameter.rpartition(".")[0])
 
 
-def initial_lora(name: str, parameter: torch.Tensor, seed: int) -> torch.Tensor:
-    """PEFT's start (A uniform in +-1/sqrt(in), B zero), drawn from the name, so that it is the same on any world size."""
-    if ".lora_B." in name:
-        return torch.zeros(parameter.shape, dtype=torch.float32)
+def _check_size(checkpoint: Checkpoint, name: str, expected: int) -> None:
+    stored = checkpoint.stored(name)
+    if stored.nbytes != expected:
+        raise UserError(
+            f"{stored.file}: {name} has {stored.nbytes} bytes, expected {expected} from config.json; "
+            "weights and config are of different models"
+        )
+
+
+def _constants(
+    checkpoint: Checkpoint, weight: str, store: LayerStore, codes: dict[bytes, torch.Tensor]
+) -> Constants:
+    """Offset and code of a matrix; the code is the same for all, and held once."""
+    found = checkpoint.constants(weight)
+    state = found.get("quant_state.bitsandbytes__nf4")
+    if state is None:
+        raise UserError(f"{checkpoint.folder}: {weight} is not quantised to NF4; run `make prepare` again")
+    described = json.loads(bytes(state.tolist()))
+    if described.get("blocksize") != BLOCK:
+        raise UserError(
+            f"{checkpoint.folder}: {weight} has blocks of {described.get('blocksize')} weights, expected {BLOCK}; "
+            "quantise it with `make prepare`"
+        )
+    if not store.layout.nested:
+        return Constants()
+    code = found["nested_quant_map"]
+    key = code.numpy().tobytes()
+    if key not in codes:
+        codes[key] = code.to(store.device)
+    return Constants(codes[key], float(described["nested_offset"]))
+
+
+def start_adapters(adapters: Adapters, seed: int) -> None:
+    """PEFT's start: A uniform in +-1/sqrt(in), B zero; the same on any number of ranks."""
+    for (layer, module, kind), parameter in adapters.parameters.items():
+        if kind == "A":
+            matrix = next(m for m in adapters.matrices if (m.module, m.kind) == (module, kind))
+            name = f"base_model.model.model.layers.{layer}.{MODULES[module]}.lora_A.default"
+            start, end = adapters.rows_of_rank(matrix)
+            whole = initial_lora(name, (matrix.rows, matrix.columns), seed)
+            parameter.detach().to_local().copy_(whole[start:end])
+
+
+def initial_lora(name: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """A (rank, in) in fp32, drawn from its name, so that it does not depend on what else is drawn."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    bound = 1 / math.sqrt(parameter.shape[1])
-    return torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 def local_range(rows: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """The rows of dimension 0 that FSDP2 gives to this rank (torch.chunk: the last ranks may get fewer, or none)."""
+    """The rows of dimension 0 that a rank holds of a DTensor (torch.chunk: the last ranks may get fewer, or none)."""
     size = -(-rows // mesh.size())
     start = min(mesh.get_local_rank() * size, rows)
     return start, min(start + size, rows)
-
-
-def local_rows(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    start, end = local_range(tensor.shape[0], mesh)
-    return tensor[start:end].clone()
-
-
-def _rebuild_buffers(module: nn.Module, config, device: torch.device) -> None:
-    """Rotary frequencies are computed, not stored: build the module again on the device and take its buffers."""
-    with torch.device(device):
-        fresh = type(module)(config)
-    for key, buffer in fresh.named_buffers(recurse=False):
-        module.register_buffer(key, buffer, persistent=False)
-
-
-class Checkpoint:
-    """Random access to the tensors of a safetensors checkpoint; reads only the rows asked for."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._open: dict[Path, safe_open] = {}
-        self._stack = ExitStack()
-        if (folder / INDEX).exists():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            self.files = {name: folder / file for name, file in weight_map.items()}
-        else:
-            self.files = dict.fromkeys(self._file(folder / SINGLE).keys(), folder / SINGLE)
-        self._constants: dict[str, list[str]] = {}
-        for name in self.files:
-            weight, dot, key = name.partition(".weight.")
-            if dot:
-                self._constants.setdefault(f"{weight}.weight", []).append(key)
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._stack.close()
-
-    def _file(self, path: Path):
-        if path not in self._open:
-            try:
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path}: is missing, cut short or damaged ({error}); run `make prepare` again"
-                ) from None
-        return self._open[path]
-
-    def _slice(self, name: str):
-        if name not in self.files:
-            raise UserError(
-                f"{self.folder}: has no tensor {name}, which its config.json asks for; prepare it again"
-            )
-        return self._file(self.files[name]).get_slice(name)
-
-    def constants(self, name: str) -> dict[str, torch.Tensor]:
-        """What bitsandbytes stores beside the packed weight `name`: absmax, code and their quantisation."""
-        return {key: self._slice(f"{name}.{key}")[:] for key in self._constants[name]}
-
-    def read_rows(self, name: str, parameter: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        piece = self._slice(name)
-        self._check(name, tuple(piece.get_shape()), tuple(parameter.shape))
-        start, end = local_range(parameter.shape[0], mesh)
-        return piece[start:end]
-
-    def read_packed(self, name: str, parameter: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        """This rank's rows of the packed NF4 bytes, viewed as the parameter's dtype, whatever they are stored as."""
-        piece = self._slice(name)
-        stored = piece[:0].dtype.itemsize
-        self._check(
-            name,
-            (torch.Size(piece.get_shape()).numel() * stored,),
-            (parameter.numel() * parameter.dtype.itemsize,),
-        )
-        start, end = (row * parameter.dtype.itemsize for row in local_range(parameter.shape[0], mesh))
-        first = start // stored
-        raw = piece[first : -(-end // stored)].contiguous().view(torch.uint8).flatten()
-        raw = raw[start - first * stored : end - first * stored].clone()
-        return raw.view(parameter.dtype).view(-1, 1)
-
-    def _check(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if found != expected:
-            raise UserError(
-                f"{self.files[name]}: {name} has shape {list(found)}, expected {list(expected)} from config.json"
-            )

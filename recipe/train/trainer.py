@@ -2,76 +2,62 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 from trl import SFTConfig, SFTTrainer
 
+from recipe.engine.engine import Batch, Engine
 from recipe.settings import Settings
 from recipe.train import checkpoint
-from recipe.train.data import IGNORED
 from recipe.train.run import Run
 
 
 class ShardedSFTTrainer(SFTTrainer):
-    """SFTTrainer for an FSDP2 model that recipe.engine.load has sharded.
+    """SFTTrainer for a model that recipe.engine.load has sharded.
 
     transformers leaves placement and gradient reduction alone (is_distributed_loading_by_transformers). What is
-    replaced: the loss (head only where a token has a label), evaluation (weighted by tokens over all ranks), and
+    replaced: forward and backward (recipe.engine), evaluation (weighted by tokens over all ranks), and
     saving and loading (no pickle, never the frozen base).
     """
 
     def __init__(self, *args: Any, run: Run, keep_checkpoints: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run = run
+        self.engine: Engine = self.model.engine
         self.keep_checkpoints = keep_checkpoints
         self.step_tokens = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the token losses over the labels of all ranks' micro-batches of this step.
 
-        FSDP2 averages gradients over ranks, so each rank's share is scaled up by their number.
+        The engine averages gradients over ranks, so each rank's share is scaled up by their number.
         """
-        total, count = token_losses(model, inputs)
-        self.step_tokens += inputs["input_ids"].numel()
+        batch = Batch.of(inputs, self.engine.adapters.device)
+        total = self.engine.loss(batch, training=True)
+        self.step_tokens += len(batch.ids)
         if num_items_in_batch is None:
-            return total / max(count, 1)
+            return total / max(len(batch.targets), 1)
         return total * dist.get_world_size() / torch.as_tensor(num_items_in_batch).clamp(min=1)
-
-    @contextlib.contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Gradients are reduced once per step, after the last micro-batch."""
-        assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.model.set_requires_gradient_sync(True)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss per token over the held-out rows (a collective). Draws no random numbers."""
-        was_training = self.model.training
-        self.model.eval()
         rank, world = dist.get_rank(), dist.get_world_size()
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for start in range(0, len(self.eval_dataset), world):
                 # Every rank must run the same number of forwards, since each gathers layers: the last round may repeat.
                 mine = start + rank < len(self.eval_dataset)
-                inputs = self.data_collator([self.eval_dataset[start + rank if mine else start]])
-                loss, count = token_losses(self.model, self._prepare_inputs(inputs))
+                row = self.data_collator([self.eval_dataset[start + rank if mine else start]])
+                batch = Batch.of(row, self.engine.adapters.device)
+                loss = self.engine.loss(batch, training=False)
                 if mine:
-                    total += torch.tensor([loss.item(), count], dtype=torch.float64)
+                    total += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
         dist.all_reduce(total)
-        self.model.train(was_training)
         loss = (total[0] / total[1]).item() if total[1] else float("nan")
         if self.is_world_process_zero():
             self.run.event(
@@ -113,22 +99,6 @@ class ShardedSFTTrainer(SFTTrainer):
             )
 
 
-def token_losses(model, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """Sum of the cross-entropy over labelled tokens of one packed row (1, tokens), and their number.
-
-    The head is computed only where the next token has a label: prompts cost no logits.
-    """
-    inputs = dict(inputs)
-    targets = inputs.pop("labels")[0, 1:]
-    positions = (targets != IGNORED).nonzero()[:, 0]
-    count = len(positions)
-    # A row without labels still takes part in every gather.
-    kept = positions if count else positions.new_zeros(1)
-    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[0]
-    losses = F.cross_entropy(logits.float(), targets[kept].clamp(min=0), reduction="sum")
-    return (losses if count else losses * 0), count
-
-
 def training_arguments(settings: Settings, run: Run, world_size: int, dtype: torch.dtype) -> SFTConfig:
     train = settings.train
     return SFTConfig(
@@ -145,10 +115,9 @@ def training_arguments(settings: Settings, run: Run, world_size: int, dtype: tor
         optim="adamw_torch_fused",
         seed=train.seed,
         data_seed=train.seed,
-        bf16=False,  # FSDP2's MixedPrecisionPolicy computes in bf16 and keeps fp32 masters: no autocast on top
+        bf16=False,  # the engine computes in bf16 and keeps fp32 masters: no autocast on top
         fp16=dtype == torch.float16,  # for its loss scaling
         use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=settings.compute.activation_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # Watch asks for our own checkpoints; transformers refuses its own for such a model

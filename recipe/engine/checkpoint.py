@@ -1,0 +1,192 @@
+"""Random access to a safetensors checkpoint: each rank reads the bytes it needs, and no others.
+
+Plain `pread` at the offsets of the header: no page of another rank's slice is touched, as mapping the file would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipe.checksums import BLOCK_BYTES, block_checksums
+from recipe.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `start` and `end` are byte offsets in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class Checkpoint:
+    """The tensors of a folder by name. Raises UserError, naming the file, where one is missing, cut short or damaged.
+
+    Where `recipe prepare` has left checksums beside a file, every block that is read is compared with them.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._checksums: dict[Path, Any] = {}
+        index = folder / INDEX
+        try:
+            names = (
+                sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                if index.exists()
+                else [SINGLE]
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: is damaged, expected a weight_map; run `make prepare` again") from None
+        for name in names:
+            self._open(folder / name)
+        self._constants: dict[str, list[str]] = {}
+        for name in self.tensors:
+            weight, dot, key = name.partition(".weight.")
+            if dot:
+                self._constants.setdefault(f"{weight}.weight", []).append(key)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, path: Path) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            self._descriptors[path] = descriptor
+            size = os.fstat(descriptor).st_size
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            if not 0 < length <= min(LARGEST_HEADER, size - 8):
+                raise ValueError("no header")
+            header = json.loads(os.pread(descriptor, length, 8))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
+                if torch.Size(stored.shape).numel() * stored.dtype.itemsize != stored.nbytes:
+                    raise ValueError(f"{name} has {stored.nbytes} bytes for shape {list(stored.shape)}")
+                self.tensors[name] = stored
+            expected = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + length
+            if size != expected:
+                raise ValueError(f"has {size} bytes, expected {expected}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"{path}: is missing, cut short or damaged ({reason}); run `make prepare` again"
+            ) from None
+        checksums = block_checksums(path)
+        if checksums is not None and len(checksums) != -(-size // BLOCK_BYTES):
+            raise UserError(f"{path}: its checksums are of another file; run `make prepare` again")
+        self._checksums[path] = checksums
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def stored(self, name: str, shape: tuple[int, ...] | None = None) -> Stored:
+        """Where `name` lies; with `shape`, checked against it."""
+        if name not in self.tensors:
+            raise UserError(
+                f"{self.folder}: has no tensor {name}, which its config.json asks for; prepare it again"
+            )
+        found = self.tensors[name]
+        if shape is not None and found.shape != tuple(shape):
+            raise UserError(
+                f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)} from config.json"
+            )
+        return found
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A whole tensor."""
+        stored = self.stored(name, shape)
+        raw = torch.empty(stored.nbytes, dtype=torch.uint8)
+        self.read_bytes(name, 0, raw)
+        return raw.view(stored.dtype).view(stored.shape)
+
+    def read_rows(self, name: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
+        """Rows `start` to `end` of dimension 0 of a tensor of `shape`."""
+        stored = self.stored(name, shape)
+        row = stored.nbytes // max(shape[0], 1)
+        raw = torch.empty((end - start) * row, dtype=torch.uint8)
+        self.read_bytes(name, start * row, raw)
+        return raw.view(stored.dtype).view(end - start, *shape[1:])
+
+    def constants(self, name: str) -> dict[str, torch.Tensor]:
+        """What bitsandbytes stores beside the packed weight `name`, without the large absmax tensors."""
+        return {
+            key: self.read(f"{name}.{key}")
+            for key in self._constants.get(name, [])
+            if key not in ("absmax", "nested_absmax")
+        }
+
+    def read_bytes(self, name: str, offset: int, out: torch.Tensor) -> None:
+        """Bytes of `name` from `offset` into `out` (uint8, contiguous, on the CPU)."""
+        stored = self.stored(name)
+        start = stored.start + offset
+        view = memoryview(out.numpy())
+        checksums = self._checksums[stored.file]
+        if checksums is None:
+            self._pread(stored.file, start, view)
+            return
+        end = start + len(view)
+        first, last = start // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+        for block in range(first, last):
+            begin, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self._size(stored.file))
+            if start <= begin and stop <= end:
+                piece = view[begin - start : stop - start]
+                self._pread(stored.file, begin, piece)
+            else:  # the slice ends within this block, which must be read whole to be checked
+                piece = memoryview(bytearray(stop - begin))
+                self._pread(stored.file, begin, piece)
+                low, high = max(start, begin), min(end, stop)
+                view[low - start : high - start] = piece[low - begin : high - begin]
+            if zlib.crc32(piece) != checksums[block]:
+                raise UserError(
+                    f"{stored.file}: is damaged at {name} (bytes {begin} to {stop} are not those that were written); "
+                    "run `make prepare` again"
+                )
+
+    def _size(self, file: Path) -> int:
+        return os.fstat(self._descriptors[file]).st_size
+
+    def _pread(self, file: Path, start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptors[file], [view[done:]], start + done)
+            if count == 0:
+                raise UserError(f"{file}: ends at byte {start + done}; run `make prepare` again")
+            done += count

@@ -1,0 +1,158 @@
+"""A training step from tokens to gradients, over layers that come and go.
+
+    embedding -> layer 0 ... layer N-1 -> norm -> head, loss   (forward: each layer's input is kept)
+    layer 0 <- ... <- layer N-1 <- gradient of the loss        (backward: LoRA's gradients are reduced layer by layer)
+
+To autograd all of it is one function of one number; see docs/engine.md for the way of one layer through a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from recipe.engine import kernels
+from recipe.engine.activations import Activations
+from recipe.engine.attend import Documents
+from recipe.engine.head import VocabularyHead
+from recipe.engine.layer import Kept, Pass
+from recipe.engine.lora import Adapters, LoraView
+from recipe.engine.memory import EmbeddingTable
+from recipe.engine.weights import LayerStore, LayerView
+from recipe.plan.placement import NOTHING, Placement
+
+IGNORED = -100
+
+
+class Arithmetic(Protocol):
+    """What layer.py (fused) and plain.py do alike."""
+
+    def forward(
+        self, x: torch.Tensor, layer: LayerView, step: Pass, keep: frozenset[str]
+    ) -> tuple[torch.Tensor, Kept]: ...
+
+    def backward(
+        self, grad: torch.Tensor, x: torch.Tensor, kept: Kept, layer: LayerView, step: Pass, sink: LoraView
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed row: ids, position_ids (tokens,), where its documents lie, which tokens have a label, and which."""
+
+    ids: torch.Tensor
+    position_ids: torch.Tensor
+    documents: Documents
+    labelled: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any], device: torch.device) -> Batch:
+        """From what PackedCollator makes: tensors (1, tokens), labels -100 where a token is not in the loss."""
+        ids, labels = inputs["input_ids"][0], inputs["labels"][0].to(device)
+        tokens = len(ids)
+        bounds = inputs.get("cu_seq_lens_q")
+        starts = bounds.tolist() if bounds is not None else [0, tokens]
+        positions = inputs.get("position_ids")
+        where = positions[0] if positions is not None else torch.arange(tokens)
+        labelled = (labels[1:] != IGNORED).nonzero()[:, 0]
+        return cls(ids.cpu(), where.to(device), Documents.of(starts, device), labelled, labels[1:][labelled])
+
+
+class Engine:
+    """The model of one rank. Built by recipe.engine.load."""
+
+    def __init__(
+        self,
+        store: LayerStore,
+        adapters: Adapters,
+        embedding: EmbeddingTable,
+        rotary: nn.Module,
+        norm: torch.Tensor,
+        head: VocabularyHead,
+        eps: float,
+        arithmetic: Arithmetic,
+        activations: Activations,
+        placement: Placement,
+        dropout: float,
+    ):
+        self.store, self.adapters, self.embedding, self.rotary = store, adapters, embedding, rotary
+        self.norm, self.head, self.eps = norm, head, eps
+        self.arithmetic, self.activations, self.placement = arithmetic, activations, placement
+        self.dropout = dropout
+        # Something that autograd follows: the real parameters get their gradients from us.
+        self._anchor = torch.zeros((), device=adapters.device, requires_grad=True)
+
+    def loss(self, batch: Batch, training: bool) -> torch.Tensor:
+        """The sum of the cross-entropy over the labelled tokens of a micro-batch; a collective, like its backward.
+
+        Under torch.enable_grad, `backward()` on it adds the mean over the ranks to the LoRA parameters' gradients.
+        `training` turns dropout on; its masks come from torch's random state.
+        """
+        if torch.is_grad_enabled():
+            return _Loss.apply(self._anchor, self, batch, training)
+        return self._forward(batch, training, recording=False)[0]
+
+    def _forward(self, batch: Batch, training: bool, recording: bool):
+        probability = self.dropout if training else 0.0
+        draw = int(torch.randint(2**40, ())) if probability else 0
+        device, dtype = self.adapters.device, self.adapters.dtype
+        x = self.embedding.lookup(batch.ids, device, dtype)
+        cosine, sine = self.rotary(x[None], batch.position_ids[None])
+        step = Pass(batch.documents, cosine[0], sine[0], probability, draw)
+        self.activations.clear()
+        self.store.begin()
+        for i, keep in enumerate(self.placement.keep):
+            layer = self.store.use(i, 1)
+            out, kept = self.arithmetic.forward(x, layer, step, keep if recording else NOTHING)
+            self.store.done()
+            if recording:
+                self.activations.save(i, {"x": x, **kept})
+            x, kept = out, {}
+        # A row without labels still takes part in what ranks do together.
+        labelled = batch.labelled
+        hidden = x[labelled]
+        losses, gradient = self.head.loss(
+            kernels.rms_norm(hidden, self.norm, self.eps), batch.targets, recording
+        )
+        if gradient is not None:
+            gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
+        return losses.sum(), (step, gradient, labelled, len(x))
+
+    def _backward(self, scale: torch.Tensor, left) -> None:
+        step, of_labelled, labelled, tokens = left
+        grad = of_labelled.new_zeros(tokens, of_labelled.shape[1])
+        grad[labelled] = (of_labelled.float() * scale).to(grad.dtype)
+        self.adapters.begin_backward()
+        for i in reversed(range(len(self.placement.keep))):
+            self.activations.fetch(i)
+            self.activations.fetch(i - 1)
+            layer = self.store.use(i, -1)
+            kept = self.activations.take(i)
+            sink = self.adapters.empty_gradient()
+            grad = self.arithmetic.backward(grad, kept.pop("x"), kept, layer, step, sink)
+            self.store.done()
+            self.adapters.add_gradient(i, sink)
+        self.adapters.end_backward()
+
+    def close(self) -> None:
+        """Give the host memory back."""
+        self.store.close()
+        self.activations.close()
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, engine: Engine, batch: Batch, training: bool):
+        total, ctx.left = engine._forward(batch, training, recording=True)
+        ctx.engine = engine
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.engine._backward(grads[0], ctx.left)
+        ctx.left = None
+        return None, None, None, None

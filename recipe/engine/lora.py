@@ -1,0 +1,190 @@
+"""The trained part: LoRA matrices as fp32 masters, sharded over the ranks, gathered in the compute dtype layer by layer.
+
+A layer's matrices lie in one run, those that share an input side by side (the A of q, k and v are one matrix of three
+times the rank), so that one product serves them all. Each rank holds rows of every matrix, cut as torch.chunk cuts
+them, in one run of its own: one cast, one gather and one reduction per layer. The parameters that an optimizer and a
+checkpoint see are DTensors, views of that run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from recipe.plan.shapes import ModelShape
+from recipe.settings import Lora
+
+# The linear layers that read the same input.
+GROUPS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One LoRA matrix: where it lies in a layer's whole run, and where its rows lie in a rank's run."""
+
+    module: str
+    kind: str  # A (rank, in) or B (out, rank)
+    rows: int
+    columns: int
+    start: int
+    local_start: int
+    chunk: int  # rows of a rank; the last ranks may hold fewer, or none
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+class LoraView:
+    """The LoRA matrices of one layer, whole: `a[group]` (ranks of the group, in) and `b[module]` (out, rank)."""
+
+    def __init__(self, run: torch.Tensor, matrices: list[Matrix], rank: int):
+        self.run = run
+        self.rank = rank
+        self.a: dict[str, torch.Tensor] = {}
+        self.b: dict[str, torch.Tensor] = {}
+        self.members: dict[str, list[str]] = {}
+        by_key = {(m.module, m.kind): m for m in matrices}
+        for group, modules in GROUPS.items():
+            found = [by_key[module, "A"] for module in modules if (module, "A") in by_key]
+            if not found:
+                continue
+            self.members[group] = [m.module for m in found]
+            first, last = found[0], found[-1]
+            self.a[group] = run[first.start : last.start + last.size].view(-1, first.columns)
+            for m in found:
+                b = by_key[m.module, "B"]
+                self.b[m.module] = run[b.start : b.start + b.size].view(b.rows, b.columns)
+
+    def columns_of(self, group: str, module: str) -> slice:
+        """The columns of x @ a[group].T that belong to `module`."""
+        first = self.members[group].index(module) * self.rank
+        return slice(first, first + self.rank)
+
+
+class Adapters:
+    """All LoRA matrices of a model: masters (layers, local) fp32, their gradients, and the parameters over them."""
+
+    def __init__(
+        self, shape: ModelShape, lora: Lora, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+    ):
+        self.lora, self.mesh, self.device, self.dtype = lora, mesh, device, dtype
+        self.world, self.place = mesh.size(), mesh.get_local_rank()
+        self.group = mesh.get_group()
+        self.scale = lora.alpha / lora.rank
+        self.matrices = _matrices(shape, lora, self.world)
+        self.size = sum(m.size for m in self.matrices)
+        self.local_size = sum(m.chunk * m.columns for m in self.matrices)
+        self.masters = torch.zeros(shape.layers, self.local_size, device=device)
+        self.gradients = torch.zeros_like(self.masters)
+        self.parameters: dict[tuple[int, str, str], nn.Parameter] = {}
+        self._parameter_gradients: dict[tuple[int, str, str], DTensor] = {}
+        for layer in range(shape.layers):
+            for m in self.matrices:
+                key = (layer, m.module, m.kind)
+                self.parameters[key] = nn.Parameter(self._sharded(self.masters[layer], m))
+                self._parameter_gradients[key] = self._sharded(self.gradients[layer], m)
+        self._pending: list[tuple[dist.Work, torch.Tensor, int]] = []
+
+    def rows_of_rank(self, matrix: Matrix) -> tuple[int, int]:
+        start = min(self.place * matrix.chunk, matrix.rows)
+        return start, min(start + matrix.chunk, matrix.rows)
+
+    def _sharded(self, run: torch.Tensor, m: Matrix) -> DTensor:
+        start, end = self.rows_of_rank(m)
+        local = run[m.local_start : m.local_start + (end - start) * m.columns].view(end - start, m.columns)
+        return DTensor.from_local(
+            local, self.mesh, [Shard(0)], run_check=False, shape=(m.rows, m.columns), stride=(m.columns, 1)
+        )
+
+    # -- the way to a layer ---------------------------------------------------------------------------------------
+
+    def local_half(self, layer: int) -> torch.Tensor:
+        """This rank's run of a layer in the compute dtype."""
+        return self.masters[layer].to(self.dtype)
+
+    def view(self, gathered: torch.Tensor) -> LoraView:
+        """The whole matrices from all ranks' runs (world, local)."""
+        return LoraView(
+            self._whole(gathered.view(self.world, self.local_size)), self.matrices, self.lora.rank
+        )
+
+    def empty_gradient(self) -> LoraView:
+        """Zeros in fp32 for the gradients of one layer."""
+        run = torch.zeros(self.size, device=self.device)
+        return LoraView(run, self.matrices, self.lora.rank)
+
+    def _whole(self, runs: torch.Tensor) -> torch.Tensor:
+        if self.world == 1:
+            return runs[0]
+        whole = torch.empty(self.size, device=runs.device, dtype=runs.dtype)
+        for rank, start, end, low in self._pieces():
+            whole[start:end] = runs[rank, low : low + end - start]
+        return whole
+
+    def _pieces(self):
+        """(rank, start and end in the whole run, place in the rank's run) of every matrix's rows."""
+        for m in self.matrices:
+            for rank in range(self.world):
+                first, last = min(rank * m.chunk, m.rows), min((rank + 1) * m.chunk, m.rows)
+                if first < last:
+                    yield rank, m.start + first * m.columns, m.start + last * m.columns, m.local_start
+
+    # -- and back -------------------------------------------------------------------------------------------------
+
+    def begin_backward(self) -> None:
+        """Gradients add up over micro-batches; they start at zero where the optimizer has let go of them."""
+        if next(iter(self.parameters.values())).grad is None:
+            self.gradients.zero_()
+            for key, parameter in self.parameters.items():
+                parameter.grad = self._parameter_gradients[key]
+
+    def add_gradient(self, layer: int, gradient: LoraView) -> None:
+        """Add the mean over the ranks of a layer's whole gradients (fp32) to what this rank holds of them."""
+        if self.world == 1:
+            self.gradients[layer].add_(gradient.run)
+            return
+        runs = torch.zeros(self.world, self.local_size, device=self.device)
+        for rank, start, end, low in self._pieces():
+            runs[rank, low : low + end - start] = gradient.run[start:end]
+        mine = torch.empty(self.local_size, device=self.device)
+        work = dist.reduce_scatter_tensor(mine, runs.flatten(), group=self.group, async_op=True)
+        self._pending.append((work, mine, layer))
+        if len(self._pending) > 1:
+            self._finish(self._pending.pop(0))
+
+    def end_backward(self) -> None:
+        while self._pending:
+            self._finish(self._pending.pop(0))
+
+    def _finish(self, pending: tuple[dist.Work, torch.Tensor, int]) -> None:
+        work, mine, layer = pending
+        work.wait()
+        self.gradients[layer].add_(mine, alpha=1 / self.world)
+
+
+def _matrices(shape: ModelShape, lora: Lora, world: int) -> list[Matrix]:
+    matrices: list[Matrix] = []
+    start = local_start = 0
+    for kind in ("A", "B"):
+        for modules in GROUPS.values():
+            for module in modules:
+                if module not in lora.target_modules:
+                    continue
+                outputs, inputs = shape.linears[module]
+                rows, columns = (lora.rank, inputs) if kind == "A" else (outputs, lora.rank)
+                chunk = -(-rows // world)
+                matrices.append(Matrix(module, kind, rows, columns, start, local_start, chunk))
+                start += rows * columns
+                local_start += chunk * columns
+    return matrices

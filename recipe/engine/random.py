@@ -1,0 +1,108 @@
+"""An engine with random weights of a true shape, for benchmarks: nothing is quantised and nothing is read.
+
+Every packed byte is random, so the weights are NF4's sixteen values in equal shares, scaled to a deviation of about
+0.02 as trained weights have. The embedding is a file like a checkpoint's, so that its host memory is that of a real run.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import LlamaConfig
+
+from recipe.engine.attention import attention_name
+from recipe.engine.layout import Constants
+from recipe.engine.load import make_engine, skeleton, start_adapters
+from recipe.engine.memory import EmbeddingTable
+from recipe.plan.placement import Placement
+from recipe.plan.shapes import ModelShape
+from recipe.settings import Lora
+
+DEVIATION = 0.02
+NF4_DEVIATION = 0.59  # of NF4's sixteen values in equal shares
+CHUNK_ROWS = 8192
+
+
+def random_model(
+    shape: ModelShape,
+    lora: Lora,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
+    placement: Placement,
+    max_tokens: int,
+    kernels: str = "fused",
+) -> PeftModel:
+    """As recipe.engine.load.load_sharded, without a checkpoint; B is random too, so that no gradient is zero."""
+    model = skeleton(llama_config(shape), lora, dtype, attention_name(attention))
+    engine = make_engine(
+        model, shape, lora, mesh, device, dtype, attention, placement, max_tokens, kernels, nested=True
+    )
+    generator = torch.Generator(device).manual_seed(seed + mesh.get_local_rank())
+    store = engine.store
+    from bitsandbytes.functional import create_dynamic_map
+
+    code = create_dynamic_map().to(device)
+    held = store.layout.of_rank(mesh.get_local_rank())
+    scratch = torch.empty(store.layout.slice_bytes, dtype=torch.uint8, device=device)
+    for index, shard in enumerate(store.shards):
+        scratch.random_(0, 256, generator=generator)
+        for piece, start, end, place in held:
+            if piece.key.endswith("nested_absmax"):
+                scratch[place : place + end - start].view(torch.float32).fill_(DEVIATION / NF4_DEVIATION / 4)
+        shard.copy_(scratch)
+        for name in store.layout.linears:
+            store.constants[index][name] = Constants(code, DEVIATION / NF4_DEVIATION)
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            store.small[index][name] = torch.ones(shape.hidden, device=device, dtype=dtype)
+    engine.head.weight.normal_(0, DEVIATION, generator=generator)
+    engine.norm.fill_(1)
+    engine.embedding = random_embedding(shape, mesh, device)
+    start_adapters(engine.adapters, seed)
+    engine.adapters.masters.add_(torch.randn(engine.adapters.masters.shape, device=device) * 1e-3)
+    return model
+
+
+def llama_config(shape: ModelShape) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        tie_word_embeddings=shape.tied,
+        use_cache=False,
+    )
+
+
+def random_embedding(shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> EmbeddingTable:
+    """A table in a file that has no name any more: it goes when the processes end."""
+    made: list[str] = [""]
+    if mesh.get_local_rank() == 0:
+        descriptor, made[0] = tempfile.mkstemp(prefix="embedding-")
+        with open(descriptor, "wb") as file:
+            for first in range(0, shape.vocab, CHUNK_ROWS):
+                rows = min(CHUNK_ROWS, shape.vocab - first)
+                block = torch.randn(rows, shape.hidden, device=device).bfloat16() * DEVIATION
+                file.write(block.cpu().view(torch.uint8).numpy().tobytes())
+    if mesh.size() > 1:
+        dist.broadcast_object_list(made, src=0)
+    table = EmbeddingTable(Path(made[0]), 0, (shape.vocab, shape.hidden), torch.bfloat16)
+    if mesh.size() > 1:
+        dist.barrier()
+    if mesh.get_local_rank() == 0:
+        os.unlink(made[0])
+    return table

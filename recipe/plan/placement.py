@@ -1,0 +1,66 @@
+"""Where each layer's weights and activations lie, and how much of a layer exists at once: what a plan decides.
+
+The engine (recipe/engine) builds what stands here and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recipe.plan.shapes import ModelShape
+
+# What a layer can keep of its forward besides its input; recipe/engine/layer.py computes again what is not kept.
+KEEP = ("qkv", "attention", "middle", "gate_up")
+EVERYTHING = frozenset(KEEP)
+NOTHING: frozenset[str] = frozenset()
+ALIGNMENT = 256  # bytes
+MLP_CHUNK = 2048  # tokens of the MLP at once, where memory is not scarce
+MLP_SLOTS = 3  # dequantised matrices at once: a whole MLP
+
+
+@dataclass(frozen=True)
+class Placement:
+    """offloaded: layers whose weights lie in host RAM; away: layers whose activations do; keep: what each one keeps."""
+
+    offloaded: tuple[bool, ...]
+    away: tuple[bool, ...]
+    keep: tuple[frozenset[str], ...]
+    mlp_chunk: int = MLP_CHUNK
+    slots: int = MLP_SLOTS
+
+    @classmethod
+    def of(
+        cls,
+        layers: int,
+        offload: int = 0,
+        away: int = 0,
+        keep: int = 0,
+        mlp_chunk: int = MLP_CHUNK,
+        slots: int = MLP_SLOTS,
+    ) -> Placement:
+        """So many layers of each kind, spread evenly; what is kept on the host is the activations of the first layers,
+        since the backward needs those last."""
+        kept = spread(layers, keep)
+        return cls(
+            spread(layers, offload),
+            tuple(i < away for i in range(layers)),
+            tuple(EVERYTHING if flag else NOTHING for flag in kept),
+            mlp_chunk,
+            slots,
+        )
+
+
+def spread(layers: int, count: int) -> tuple[bool, ...]:
+    """`count` of `layers`, as evenly as whole numbers allow."""
+    return tuple((i + 1) * count // layers != i * count // layers for i in range(layers))
+
+
+def kept_bytes(shape: ModelShape, keep: frozenset[str], tokens: int, width: int) -> int:
+    """Bytes of a layer's saved activations: its input and what it keeps besides; softmax statistics aside."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = [shape.hidden * width]
+    sizes += [query * width, key * width, key * width] if "qkv" in keep else []
+    sizes += [query * width] if "attention" in keep else []
+    sizes += [shape.hidden * width] if "middle" in keep else []
+    sizes += [shape.intermediate * width] * 2 if "gate_up" in keep else []
+    return sum(-(-size * tokens // ALIGNMENT) * ALIGNMENT for size in sizes)
