@@ -270,7 +270,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise Refused(f"{arguments.config}: does not fit on this machine; see the reasons above")
     prepared = prepare(settings)
     try:
-        run = launch.start(settings, arguments.run, prepared, machine, plan.world_size)
+        run = launch.start(settings, arguments.run, prepared, machine, plan)
     except launch.Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.number

@@ -144,12 +144,33 @@ class Compute:
     )
     attention: str = option(
         "auto",
-        "auto: FlashAttention-2 if installed and able, else torch's variable-length, "
+        "auto: variable-length (FlashAttention-2 inside torch, cuDNN where it is faster) if the GPU is able, "
         "else SDPA document by document",
-        choices=("auto", "flash_attention_2", "varlen", "sdpa"),
+        choices=("auto", "varlen", "sdpa"),
     )
-    activation_checkpointing: bool = option(
-        True, "keep only each layer's input and compute the rest again: less memory, a third more arithmetic"
+    kernels: str = option(
+        "fused",
+        "fused: our layer with its own backward; plain: transformers' and PEFT's, slower, to compare with",
+        choices=("fused", "plain"),
+    )
+    offload_layers: int | str = option(
+        "auto",
+        "layers whose weights lie in host RAM instead of the GPUs; auto: as few as fit",
+        low=0,
+        high=1000,
+        words=("auto",),
+    )
+    keep_layers: int | str = option(
+        "auto",
+        "layers that keep their activations for the backward instead of computing them again; auto: as many as fit",
+        low=0,
+        high=1000,
+        words=("auto",),
+    )
+    accumulate: str = option(
+        "fp32",
+        "sums inside matrix products; fp16 doubles a GeForce card's rate, needs dtype fp16, and rounds more",
+        choices=("fp32", "fp16"),
     )
     processes: int | str = option(
         "auto", "ranks; auto: one per GPU, two on a CPU", low=1, high=64, words=("auto",)

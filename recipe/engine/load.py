@@ -209,7 +209,7 @@ def read_layers(engine: Engine, model: PeftModel, checkpoint: Checkpoint, rank: 
             weight = f"{prefix}{module}.weight"
             store.constants[index][name] = _constants(checkpoint, weight, store, codes)
         for name, parameter in layer.named_parameters():
-            if ".lora_" in name or isinstance(_owner(layer, name), NF4Linear) and name.endswith("weight"):
+            if ".lora_" in name or (isinstance(_owner(layer, name), NF4Linear) and name.endswith("weight")):
                 continue
             plain = name.replace(".base_layer", "")
             value = checkpoint.read(prefix + plain, tuple(parameter.shape))

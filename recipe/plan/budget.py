@@ -10,21 +10,24 @@ from typing import Any
 from recipe.errors import UserError
 from recipe.hardware import Machine
 from recipe.plan import memory
-from recipe.plan.cards import card_with, floor_seconds, slowest_card
+from recipe.plan.cards import Card, card_with, floor_seconds, slowest_card
+from recipe.plan.choose import choose
 from recipe.plan.memory import Part, total_gib
+from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import Settings
 
 # GPU memory left free for what the model does not know, and host RAM for the rest of the system.
 GPU_SPARE_GIB = 0.5
 HOST_SPARE_GIB = 1.0
+KEEP_SHARE = 0.75  # of the host RAM at most is filled where it only saves time
 CPU_PROCESSES = 2
 LARGEST_GROUP = 16  # GPUs that a remedy suggests at most
 SHORTEST_MICRO_BATCH = 128  # tokens that a remedy suggests at least
 
 NOT_MODELLED = [
-    "weights, embedding or checkpoints offloaded to host RAM (the training code does not offload yet)",
-    "activations of attention kernels that materialise scores; evaluation; other programs",
+    "the embedding: mapped from its file, its pages are the system's cache (2 GiB for 70B, once per host)",
+    "attention kernels that materialise scores; compute.kernels: plain; other programs",
     "time beyond pure arithmetic: gathers, dequantisation, element-wise kernels, disk",
 ]
 
@@ -55,6 +58,7 @@ class Plan:
     card: str | None
     card_assumed: bool
     floor_seconds: float | None
+    placement: Placement
     fits: bool = True
     reasons: list[str] = field(default_factory=list)
     not_modelled: list[str] = field(default_factory=lambda: list(NOT_MODELLED))
@@ -121,11 +125,14 @@ def make_plan(
     shape = shape_of(settings.model.id, [prepared] if prepared else [])
     on_gpu = gpus > 0
     world_size = _world_size(settings, gpus)
-    device = memory.device_parts(shape, settings, world_size, on_gpu)
     model_disk, run_disk = memory.disk_parts(shape, settings)
     ready = here is not None and prepared is not None and (prepared / "config.json").is_file()
     steps, tokens = settings.train.steps, settings.train.global_batch_tokens
     card = slowest_card([gpu.name for gpu in here.gpus]) if here else card_with(vram_gib or 0)
+    if ram_gib is None and here:
+        ram_gib = here.usable_ram_gib
+    placement = choose_placement(shape, settings, world_size, vram_gib, ram_gib, card)
+    device = memory.device_parts(shape, settings, world_size, on_gpu, placement)
     plan = Plan(
         model=settings.model.id or "",
         parameters=shape.parameters,
@@ -133,7 +140,7 @@ def make_plan(
         device="gpu" if on_gpu else "cpu",
         world_size=world_size,
         vram_gib=vram_gib,
-        ram_gib=ram_gib if ram_gib is not None else (here.usable_ram_gib if here else None),
+        ram_gib=ram_gib,
         disk_gib=disk_gib if disk_gib is not None else (here.disk_free_gib if here else None),
         micro_batch_tokens=settings.micro_batch_tokens,
         accumulation=settings.accumulation(world_size),
@@ -141,21 +148,44 @@ def make_plan(
         steps=steps,
         device_parts=device,
         outside_parts=memory.outside_allocator(world_size) if on_gpu else [],
-        host_parts=memory.host_parts(device, world_size, on_gpu),
+        host_parts=memory.host_parts(shape, settings, device, world_size, on_gpu, placement),
         prepare_gib=0.0 if ready else memory.prepare_gib(shape, on_gpu),
         model_disk_parts=model_disk,
         run_disk_parts=run_disk,
         on_disk_gib=_size_gib(prepared) if ready and prepared else 0.0,
         card=card.name if card and on_gpu else None,
         card_assumed=here is None,
-        floor_seconds=floor_seconds(
-            shape.parameters, tokens * steps, card, world_size, settings.compute.activation_checkpointing
-        )
+        floor_seconds=floor_seconds(shape, tokens * steps, card, world_size, placement.keep_layers)
         if card and on_gpu and steps
         else None,
+        placement=placement,
     )
     reasons = _reasons(plan, shape, settings, gpus)
     return dataclasses.replace(plan, fits=not reasons, reasons=reasons)
+
+
+def choose_placement(
+    shape: ModelShape,
+    settings: Settings,
+    world_size: int,
+    vram_gib: float | None,
+    ram_gib: float | None,
+    card: Card | None = None,
+) -> Placement:
+    """The fastest placement that fits a GPU of `vram_gib` (None: a CPU) and a host of `ram_gib` (None: any)."""
+    on_gpu = vram_gib is not None
+
+    def fits(placement: Placement) -> bool:
+        device = memory.device_parts(shape, settings, world_size, on_gpu, placement)
+        host = memory.host_parts(shape, settings, device, world_size, on_gpu, placement)
+        if ram_gib is not None:
+            limit = ram_gib * KEEP_SHARE if placement.keep_layers and on_gpu else ram_gib - HOST_SPARE_GIB
+            if total_gib(host) > limit:
+                return False
+        outside = total_gib(memory.outside_allocator(world_size)) + GPU_SPARE_GIB
+        return vram_gib is None or total_gib(device) + outside <= vram_gib
+
+    return choose(shape, settings, world_size, on_gpu, card, fits)
 
 
 def _gpus(machine: Machine | None, gpus: int | None, vram_gib: float | None) -> tuple[int, float | None]:
@@ -232,7 +262,8 @@ def _what_would_fit(plan: Plan, shape: ModelShape, settings: Settings) -> str:
     """The nearest changes under which one GPU's share fits, or that none is known."""
 
     def needed(world_size: int, settings: Settings) -> float:
-        device = memory.device_parts(shape, settings, world_size, on_gpu=True)
+        placement = choose_placement(shape, settings, world_size, plan.vram_gib, plan.ram_gib)
+        device = memory.device_parts(shape, settings, world_size, True, placement)
         return total_gib(device) + total_gib(memory.outside_allocator(world_size)) + GPU_SPARE_GIB
 
     assert plan.vram_gib is not None

@@ -1,13 +1,15 @@
 """How fast a step can be at best: arithmetic alone, against a card's dense rate.
 
-QLoRA with full recomputation needs 6 FLOP per parameter and token: forward 2, recomputation 2, gradients of
-the inputs 2; frozen weights need no gradient of their own. Nothing runs at a card's full rate, so every time
-is an "at least".
+QLoRA needs 4 FLOP per parameter and token: forward 2, gradients of the inputs 2; frozen weights need no gradient of
+their own. Layers that keep only their input need up to 2 more, less down_proj, whose output no gradient needs. Nothing
+runs at a card's full rate, so every time is an "at least".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from recipe.plan.shapes import ModelShape
 
 FORWARD = BACKWARD = RECOMPUTATION = 2  # FLOP per parameter and token
 
@@ -19,16 +21,17 @@ class Card:
     name: str
     tflops: float
     memory_gib: int
+    memory_gb_per_second: int
 
 
 CARDS = [
-    Card("RTX 3090", 71, 24),
-    Card("RTX 4090", 165, 24),
-    Card("RTX 5090", 209, 32),
-    Card("A6000", 155, 48),
-    Card("A100", 312, 80),
-    Card("H100", 790, 80),
-    Card("H200", 790, 141),
+    Card("RTX 3090", 71, 24, 936),
+    Card("RTX 4090", 165, 24, 1008),
+    Card("RTX 5090", 209, 32, 1792),
+    Card("A6000", 155, 48, 768),
+    Card("A100", 312, 80, 2039),
+    Card("H100", 790, 80, 3350),
+    Card("H200", 790, 141, 4800),
 ]
 
 
@@ -46,7 +49,10 @@ def card_with(vram_gib: float) -> Card | None:
     return min(near, key=lambda card: card.tflops, default=None)
 
 
-def floor_seconds(parameters: int, tokens: int, card: Card, gpus: int, recompute: bool = True) -> float:
+def floor_seconds(shape: ModelShape, tokens: int, card: Card, gpus: int, keep_layers: int = 0) -> float:
     """Seconds below which that many tokens cannot be trained on so many cards."""
-    flop = FORWARD + BACKWARD + (RECOMPUTATION if recompute else 0)
-    return flop * parameters * tokens / (card.tflops * 1e12 * gpus)
+    down = shape.linears["down_proj"][0] * shape.linears["down_proj"][1]
+    again = (shape.layers - keep_layers) * (shape.layer_linear_parameters - down)
+    used = shape.layers * shape.layer_linear_parameters + shape.embedding_parameters  # the head's products
+    flop = (FORWARD + BACKWARD) * used + RECOMPUTATION * again
+    return flop * tokens / (card.tflops * 1e12 * gpus)

@@ -20,11 +20,15 @@ MLP_SLOTS = 3  # dequantised matrices at once: a whole MLP
 
 @dataclass(frozen=True)
 class Placement:
-    """offloaded: layers whose weights lie in host RAM; away: layers whose activations do; keep: what each one keeps."""
+    """offload_layers: weights in host RAM; away_layers: activations in host RAM; keep_layers: nothing computed again.
 
-    offloaded: tuple[bool, ...]
-    away: tuple[bool, ...]
-    keep: tuple[frozenset[str], ...]
+    mlp_chunk: tokens of the MLP at once; slots: dequantised matrices at once.
+    """
+
+    layers: int
+    offload_layers: int = 0
+    away_layers: int = 0
+    keep_layers: int = 0
     mlp_chunk: int = MLP_CHUNK
     slots: int = MLP_SLOTS
 
@@ -38,16 +42,21 @@ class Placement:
         mlp_chunk: int = MLP_CHUNK,
         slots: int = MLP_SLOTS,
     ) -> Placement:
-        """So many layers of each kind, spread evenly; what is kept on the host is the activations of the first layers,
-        since the backward needs those last."""
-        kept = spread(layers, keep)
-        return cls(
-            spread(layers, offload),
-            tuple(i < away for i in range(layers)),
-            tuple(EVERYTHING if flag else NOTHING for flag in kept),
-            mlp_chunk,
-            slots,
-        )
+        return cls(layers, offload, away, keep, mlp_chunk, slots)
+
+    @property
+    def offloaded(self) -> tuple[bool, ...]:
+        """Spread evenly, so that copies have the time of the layers between."""
+        return spread(self.layers, self.offload_layers)
+
+    @property
+    def away(self) -> tuple[bool, ...]:
+        """The first layers: the backward needs theirs last."""
+        return tuple(i < self.away_layers for i in range(self.layers))
+
+    @property
+    def keep(self) -> tuple[frozenset[str], ...]:
+        return tuple(EVERYTHING if flag else NOTHING for flag in spread(self.layers, self.keep_layers))
 
 
 def spread(layers: int, count: int) -> tuple[bool, ...]:

@@ -34,6 +34,8 @@ def _head(plan: Plan) -> list[str]:
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trainable_parameters:,} trainable; on {where}",
         f"{steps}{plan.tokens_per_step:,} tokens, each {_count(plan.world_size, 'rank')} × "
         f"{_count(plan.accumulation, 'micro-batch', 'es')} × {plan.micro_batch_tokens:,} tokens",
+        f"{_count(plan.placement.offload_layers, 'layer')} of {plan.placement.layers} offloaded to host RAM, "
+        f"{plan.placement.keep_layers} keep all activations, the others compute them again",
     ]
 
 

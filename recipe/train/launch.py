@@ -8,6 +8,7 @@ all see the same, and the launcher's own output goes to train.log.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from recipe.errors import Refused, UserError
 from recipe.files import require_space, write_json, write_text
 from recipe.hardware import Machine
+from recipe.plan import Plan
 from recipe.prepare import Prepared
 from recipe.settings import Settings
 from recipe.train import checkpoint
@@ -42,13 +44,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def start(settings: Settings, name: str | None, prepared: Prepared, machine: Machine, world_size: int) -> Run:
-    """Train to the end, or on from the newest checkpoint of an unfinished run.
+def start(settings: Settings, name: str | None, prepared: Prepared, machine: Machine, plan: Plan) -> Run:
+    """Train to the end, or on from the newest checkpoint of an unfinished run; placed as the plan of today says.
 
     Raises UserError for a wrong request, Refused where the ranks failed, KeyboardInterrupt-like Stopped on a signal.
     """
     run, goes_on = begin_or_continue(settings, name)
-    settings.accumulation(world_size)
+    settings.accumulation(plan.world_size)
     resume = None
     if goes_on:
         resume, notes = checkpoint.newest_sound(run.folder)
@@ -56,21 +58,23 @@ def start(settings: Settings, name: str | None, prepared: Prepared, machine: Mac
             say(note)
         say(f"run {run.name} goes on from {resume.name if resume else 'the start: it has no checkpoint yet'}")
     else:
-        _begin(run, settings, prepared, machine, world_size)
+        _begin(run, settings, prepared, machine, plan.world_size)
     with run.locked() as lock:
-        _forget_after(run, checkpoint.read_state(resume)["step"] if resume else 0)
-        _supervise(run, settings, world_size, resume, lock)
+        _forget_undone(run, checkpoint.read_state(resume)["step"] if resume else 0)
+        _supervise(run, settings, plan, resume, lock)
     return run
 
 
 def check(settings: Settings, world_size: int) -> None:
     """What can be told before the model is fetched and quantised, which takes hours for 70B. Raises UserError."""
-    from recipe.engine.devices import attention_kind, compute_dtype
+    from recipe.engine.devices import attention_kind, compute_dtype, set_accumulation
     from recipe.train.data import read_template
     from recipe.train.rows import read_held_out_rows, read_training_rows
 
     settings.accumulation(world_size)
-    attention_kind(settings, compute_dtype(settings))
+    dtype = compute_dtype(settings)
+    attention_kind(settings, dtype)
+    set_accumulation(settings, dtype)
     if settings.data.chat_template:
         read_template(settings.data)
     read_training_rows(settings.data)
@@ -124,7 +128,7 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
         raise
 
 
-def _forget_after(run: Run, step: int) -> None:
+def _forget_undone(run: Run, step: int) -> None:
     """Steps after the checkpoint that training goes on from are done again: their old lines go, and lines cut short."""
     for path in (run.metrics, run.events):
         if path.exists():
@@ -132,7 +136,7 @@ def _forget_after(run: Run, step: int) -> None:
             write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
-def command(run: Run, world_size: int, resume: Path | None, on_gpu: bool) -> list[str]:
+def command(run: Run, plan: Plan, resume: Path | None, on_gpu: bool) -> list[str]:
     """accelerate launch on GPUs, torchrun on CPUs (accelerate starts several CPU processes through MPI only)."""
     if on_gpu:
         launcher = [
@@ -140,11 +144,12 @@ def command(run: Run, world_size: int, resume: Path | None, on_gpu: bool) -> lis
             "--config_file",
             str(ACCELERATE_CONFIG),
             "--num_processes",
-            str(world_size),
+            str(plan.world_size),
         ]
     else:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    arguments = [str(run.folder), *(["--resume", str(resume)] if resume else [])]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(plan.world_size)]
+    placement = json.dumps(dataclasses.asdict(plan.placement))
+    arguments = [str(run.folder), "--placement", placement, *(["--resume", str(resume)] if resume else [])]
     return [sys.executable, "-m", *launcher, "-m", WORKER, *arguments]
 
 
@@ -163,7 +168,7 @@ def _environment(world_size: int) -> dict[str, str]:
     }
 
 
-def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | None, lock: int) -> None:
+def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lock: int) -> None:
     import torch
 
     stops: list[int] = []
@@ -175,15 +180,15 @@ def _supervise(run: Run, settings: Settings, world_size: int, resume: Path | Non
     log_start = run.log.stat().st_size if run.log.exists() else 0
     with open(run.log, "ab") as log:
         process = subprocess.Popen(
-            command(run, world_size, resume, torch.cuda.is_available()),
+            command(run, plan, resume, torch.cuda.is_available()),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(world_size),
+            env=_environment(plan.world_size),
             start_new_session=True,
             pass_fds=(lock,),  # where this process is killed alone, the ranks go on, and the run stays locked
         )
-    say(f"starting {world_size} ranks (log: {run.log})")
+    say(f"starting {plan.world_size} ranks (log: {run.log})")
     told: set[int] = set()
     try:
         with Progress(run, settings.train.log_every) as progress:

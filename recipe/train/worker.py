@@ -1,6 +1,6 @@
 """One rank of a run: started by `recipe train` through torchrun (CPUs) or accelerate launch (GPUs).
 
-    torchrun --nproc_per_node 2 -m recipe.train.worker runs/NAME [--resume runs/NAME/checkpoints/step-000010]
+    torchrun --nproc_per_node 2 -m recipe.train.worker runs/NAME --placement JSON [--resume .../step-000010]
 
 Everything about the run stands in its folder: config.yaml and the tokenised rows under data/.
 """
@@ -8,6 +8,7 @@ Everything about the run stands in its folder: config.yaml and the tokenised row
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -20,11 +21,11 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import set_seed
 
-from recipe.engine.attention import attention_name
-from recipe.engine.devices import attention_kind, compute_device, compute_dtype
+from recipe.engine.devices import attention_kind, compute_device, compute_dtype, set_accumulation
 from recipe.engine.load import load_sharded
 from recipe.errors import Refused, UserError
 from recipe.files import read_json, write_json
+from recipe.plan.placement import Placement
 from recipe.train.data import PackedCollator, load_tokenizer
 from recipe.train.run import Run, read_jsonl
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
@@ -37,11 +38,12 @@ def main() -> int:
     """Train, and say in the run's events what went wrong. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--placement", type=json.loads, required=True, help="JSON, as recipe.plan decides it")
     parser.add_argument("--resume", type=Path)
     arguments = parser.parse_args()
     run = Run(arguments.run)
     try:
-        train(run, arguments.resume)
+        train(run, Placement(**arguments.placement), arguments.resume)
     except (UserError, Refused) as error:
         run.event("error", str(error), exit_code=error.exit_code, rank=_rank())
         return error.exit_code
@@ -58,7 +60,7 @@ def main() -> int:
     return 0
 
 
-def train(run: Run, resume: Path | None) -> None:
+def train(run: Run, placement: Placement, resume: Path | None) -> None:
     stop = StopRequest()
     stop.install()
     started = time.perf_counter()
@@ -69,8 +71,18 @@ def train(run: Run, resume: Path | None) -> None:
     kind = attention_kind(settings, dtype)
     model_folder = Path(read_json(run.manifest)["model"]["folder"])
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
+    set_accumulation(settings, dtype)
     model = load_sharded(
-        model_folder, settings.lora, mesh, device, dtype, attention_name(kind), settings.train.seed
+        model_folder,
+        settings.lora,
+        mesh,
+        device,
+        dtype,
+        kind,
+        settings.train.seed,
+        placement,
+        settings.micro_batch_tokens,
+        settings.compute.kernels,
     )
     tokenizer = load_tokenizer(model_folder, settings.data)
     train_rows, held_out = (
@@ -94,7 +106,8 @@ def train(run: Run, resume: Path | None) -> None:
         run.event(
             "loaded",
             f"model sharded over {dist.get_world_size()} ranks in {time.perf_counter() - started:.0f} s "
-            f"({str(dtype).removeprefix('torch.')}, attention {kind})",
+            f"({str(dtype).removeprefix('torch.')}, attention {kind}; {placement.offload_layers} of "
+            f"{placement.layers} layers offloaded, {placement.keep_layers} keep their activations)",
         )
     if resume is None and len(held_out):
         trainer.evaluate()
