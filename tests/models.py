@@ -27,9 +27,12 @@ CHAT_TEMPLATE = (
 # What a rank needs is imported once, in the server that the ranks are forked from: a start costs 0.1 s, not 6 s.
 PRELOADED = [
     "tests.preload",
+    "recipe.engine.load",
     "transformers.integrations.bitsandbytes",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
     "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
 ]
 RANK_TIMEOUT = datetime.timedelta(seconds=120)
 

@@ -185,6 +185,9 @@ def make_engine(
 
 
 def _window(attention: nn.Module) -> int | None:
+    """Qwen's attention has it as an attribute, Mistral's reads it from the config."""
+    if attention.config.model_type == "mistral":
+        return attention.config.sliding_window
     return getattr(attention, "sliding_window", None)
 
 

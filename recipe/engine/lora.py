@@ -144,6 +144,8 @@ class Adapters:
 
     def begin_backward(self) -> None:
         """Gradients add up over micro-batches; they start at zero where the optimizer has let go of them."""
+        while self._pending:  # what an interrupted backward has left
+            self._pending.pop(0)[0].wait()
         if next(iter(self.parameters.values())).grad is None:
             self.gradients.zero_()
             for key, parameter in self.parameters.items():
