@@ -42,7 +42,7 @@ def ask_hub(
     stop: threading.Event | None = None,
     received: Callable[[int], None] | None = None,
 ) -> Any:
-    """The result of one request to fetch.py. `received` is told the bytes that came so far, now and then.
+    """The result of one request to fetch.py. `received` is told now and then how many bytes came since the last time.
 
     Raises Stalled, Failed or Cancelled.
     """
@@ -70,13 +70,15 @@ def ask_hub(
             assert process.stdin is not None
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
+            known = 0
             for line in _lines(process, stop):
                 if "result" in line:
                     return line["result"]
                 if "error" in line:
                     raise Failed(line["error"], one_line(line["text"]))
                 if received and "bytes" in line:
-                    received(line["bytes"])
+                    received(line["bytes"] - known)
+                    known = line["bytes"]
             process.wait()
             complaints.seek(0)
             last = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
+from recipe.files import GIB
 from recipe.prepare.download import Cancelled
 from recipe.prepare.hub import Repository
 from recipe.prepare.rates import Stage
@@ -42,8 +44,10 @@ class LocalFeed:
 class HubFeed:
     """Files of a repository, fetched in threads from the moment the block is entered until it is left."""
 
-    def __init__(self, repository: Repository, files: list[Path]):
-        self.repository = repository
+    def __init__(self, repository: Repository, files: list[Path], show: Callable[[str], None]):
+        """`show` is given a few words on how far it is, a few times a second."""
+        self.repository, self.show = repository, show
+        self.bytes = 0  # fetched so far
         self.waiting = deque(files)
         self.ready: set[Path] = set()
         self.error: BaseException | None = None
@@ -93,7 +97,7 @@ class HubFeed:
             while (file := self._next()) is not None:
                 if not self.repository.there(file.name):
                     with self.download.working(self.repository.missing_bytes(file.name)):
-                        self.repository.fetch([file.name], self.stop)
+                        self.repository.fetch([file.name], self.stop, self._received)
                 with self.changed:
                     self.ready.add(file)
                     self.changed.notify_all()
@@ -103,6 +107,11 @@ class HubFeed:
             with self.changed:
                 self.error = self.error or error
                 self.changed.notify_all()
+
+    def _received(self, size: int) -> None:
+        with self.changed:
+            self.bytes += size
+        self.show(f"{self.bytes / GIB:.2f} GiB fetched")
 
     def _next(self) -> Path | None:
         while not self.stop.is_set():

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Repository:
         self.where = f"model.id is `{model_id}`"
         self.plain = False  # Xet has stalled once
         self._lock = threading.Lock()
+        self._unlike: set[tuple[str, int]] = set()  # files and their times that are not what the hub states
         self._state = self._known()
         asked = {"do": "list", "model": model_id, "revision": revision}
         try:
@@ -101,7 +103,9 @@ class Repository:
         if self._state["fetched"].get(name) == mark:
             return True
         # Put there by other hands (`hf download`), or at another commit: its content tells.
-        if self.files[name].sha256 is None or sha256_of(path) != self.files[name].sha256:
+        seen = name, path.stat().st_mtime_ns
+        if seen in self._unlike or self.files[name].sha256 != sha256_of(path):
+            self._unlike.add(seen)
             return False
         self._mark(name)
         return True
@@ -111,8 +115,15 @@ class Repository:
         part = sum(path.stat().st_size for path in (self.folder / ".hub").glob(f"{name}.*.part"))
         return 0 if self.there(name) else max(0, self.files[name].size - part)
 
-    def fetch(self, names: list[str], stop: threading.Event | None = None) -> None:
+    def fetch(
+        self,
+        names: list[str],
+        stop: threading.Event | None = None,
+        received: Callable[[int], None] | None = None,
+    ) -> None:
         """Bring the files that are not there yet. A stall is answered once, by plain HTTP.
+
+        received: is told, now and then, how many bytes have come since it was told last.
 
         Raises UserError, or download.Cancelled when `stop` is set.
         """
@@ -122,7 +133,9 @@ class Repository:
         self.folder.mkdir(parents=True, exist_ok=True)
         request = {"do": "files", "files": wanted}
         try:
-            self._ask_twice(request, " ".join(wanted) if len(wanted) == 1 else f"{len(wanted)} files", stop)
+            self._ask_twice(
+                request, " ".join(wanted) if len(wanted) == 1 else f"{len(wanted)} files", stop, received
+            )
         except Failed as error:
             raise self._refusal(error) from None
         for name in wanted:
@@ -156,10 +169,16 @@ class Repository:
         if not self.keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _ask_twice(self, request: dict[str, Any], what: str, stop: threading.Event | None = None) -> None:
+    def _ask_twice(
+        self,
+        request: dict[str, Any],
+        what: str,
+        stop: threading.Event | None = None,
+        received: Callable[[int], None] | None = None,
+    ) -> None:
         for again in (False, True):
             try:
-                return self._ask(request, stop)
+                return self._ask(request, stop, received)
             except Stalled:
                 quiet = f"no bytes of {what} for {download.STALL_SECONDS:.0f} s"
                 if again:
@@ -170,10 +189,15 @@ class Repository:
                 self.plain = True
                 print(f"{self.where}: {quiet}; going on over plain HTTP, without Xet", file=sys.stderr)
 
-    def _ask(self, request: dict[str, Any], stop: threading.Event | None = None) -> Any:
+    def _ask(
+        self,
+        request: dict[str, Any],
+        stop: threading.Event | None = None,
+        received: Callable[[int], None] | None = None,
+    ) -> Any:
         known = {"model": self.model_id, "revision": self._state.get("commit"), "folder": str(self.folder)}
         try:
-            return ask_hub(known | request, xet=not self.plain, stop=stop)
+            return ask_hub(known | request, xet=not self.plain, stop=stop, received=received)
         except Stalled:
             if request["do"] == "list":
                 raise Failed("unreachable", f"no answer for {download.STALL_SECONDS:.0f} s") from None

@@ -1,4 +1,4 @@
-"""NF4 in bitsandbytes' own words, in pieces: what comes out is to the bit what it makes of the whole tensor at once.
+"""NF4 in pieces: what comes out is to the bit what bitsandbytes makes of the whole tensor at once.
 
 A block of 64 weights is quantised on its own, so a tensor may be cut anywhere between blocks. The second level is not:
 the offset that double quantisation subtracts is the mean over all absmax of the tensor, in the order in which torch sums
@@ -18,9 +18,9 @@ from recipe.settings import Quantization
 BLOCK = 64  # weights per absmax constant
 NESTED_BLOCK = 256  # absmax constants per constant of the second level
 QUANTISABLE = (torch.bfloat16, torch.float16, torch.float32)
-# bitsandbytes' CPU kernel is plain torch: with this many values its intermediates stay in the cache. Measured on two
-# cores: 152 MiB/s, against 105 MiB/s for 32 times as many.
-CPU_VALUES = 2**19
+CPU_VALUES = (
+    2**20
+)  # at a time: few enough for the cache, enough that 32 threads do not queue for the interpreter
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,36 @@ def longest_json(shape: tuple[int, ...], quantization: Quantization) -> int:
 def pack(values: torch.Tensor, quantization: Quantization) -> tuple[torch.Tensor, torch.Tensor]:
     """First level: (numel,) floats, a multiple of 64, to (numel / 2,) bytes and (numel / 64,) fp32 absmax."""
     if values.device.type != "cpu":
-        return _pack(values, quantization)
+        return _pack_on_gpu(values, quantization)
     packed = torch.empty(values.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(values.numel() // BLOCK, dtype=torch.float32)
     for start in range(0, values.numel(), CPU_VALUES):
         part = values[start : start + CPU_VALUES]
-        codes, largest = _pack(part, quantization)
+        codes, largest = _pack_on_cpu(part, quantization)
         packed[start // 2 :][: codes.numel()] = codes
         absmax[start // BLOCK :][: largest.numel()] = largest
     return packed, absmax
 
 
-def _pack(values: torch.Tensor, quantization: Quantization) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack_on_cpu(values: torch.Tensor, quantization: Quantization) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' arithmetic, step by step the same, but for its binary search among the 15 bounds.
+
+    That search is 80 % of its time. Counting the bounds below a value gives the same code 3.5 times as fast (one core:
+    229 MiB/s against 65). The tests compare both, values on the bounds included.
+    """
+    code = get_4bit_type(quantization.type, device="cpu")
+    blocks = values.float().view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38).view(-1, 1))).clamp_(-1, 1).view(-1)
+    codes = torch.zeros(scaled.numel(), dtype=torch.uint8)
+    above = torch.empty(scaled.numel(), dtype=torch.bool)
+    for bound in ((code[:-1] + code[1:]) / 2).tolist():
+        torch.gt(scaled, bound, out=above)
+        codes.add_(above.view(torch.uint8))
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+def _pack_on_gpu(values: torch.Tensor, quantization: Quantization) -> tuple[torch.Tensor, torch.Tensor]:
     packed, state = quantize_4bit(
         values, blocksize=BLOCK, compress_statistics=False, quant_type=quantization.type
     )

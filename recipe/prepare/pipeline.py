@@ -88,18 +88,20 @@ class Pipeline:
         quantization: Quantization,
         obtain: Callable[[Path, threading.Event], None],
         durable: Callable[[Shard], None],
+        through: Callable[[int], object] = lambda size: None,
     ):
         """`obtain(file, stop)` returns when a source file is there; `durable(shard)` is called, in one thread,
-        when a shard is on the disk under its name (small ones may overtake each other). What either raises ends the run."""
+        when a shard is on the disk under its name (small ones may overtake each other). `through(size)` is told of each
+        piece that is quantised, in bytes of the source. What they raise ends the run."""
+        self.through = through
         self.folder, self.quantization, self.obtain, self.durable = folder, quantization, obtain, durable
         self.gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.gpu else "cpu")
         self.workers = 2 if self.gpu else max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS))
         self.torch_threads = torch.get_num_threads()  # also settles the number for this thread
         self.read = Stage("disk reads")
-        self.quantise = Stage(
-            "quantisation", torch.cuda.get_device_name() if self.gpu else "cpu", self.workers
-        )
+        where = torch.cuda.get_device_name() if self.gpu else f"cpu, {self.workers} threads"
+        self.quantise = Stage("quantisation", where, self.workers)
         self.write = Stage("writing")
         self.hash = Stage("hashing+fsync")
         self.stop = threading.Event()
@@ -215,6 +217,7 @@ class Pipeline:
                 self._give(self.free, piece.buffer)
             self._give(self.writes, (file, start, out, None if entry.quantised else piece.buffer))
             with self.lock:
+                self.through(piece.size)
                 piece.tensor.left -= 1
                 last = not piece.tensor.left
             if last:

@@ -83,8 +83,8 @@ def _run(
     total, size = sum(entry.source_bytes for entry in entries), sum(shard.source_bytes for shard in todo)
     with (
         PeakMemory() as memory,
-        source.feed(files) as feed,
         tqdm(total=total, initial=total - size, unit="B", unit_scale=True, desc="quantise", leave=False, disable=None) as bar,
+        source.feed(files, bar.set_postfix_str) as feed,
     ):  # fmt: skip
 
         def durable(shard: Shard) -> None:
@@ -92,13 +92,12 @@ def _run(
             progress["weight_map"].update(dict.fromkeys(shard.file.names(), shard.name))
             progress["files"][shard.name] = {"sha256": shard.sha256, "bytes": shard.bytes}
             write_json(partial / RECORD, progress)
-            bar.update(shard.source_bytes)
             file = shard.entries[0].file
             left[file] -= 1
             if not left[file]:
                 feed.drop(file)
 
-        pipeline = Pipeline(partial, quantization, feed.obtain, durable)
+        pipeline = Pipeline(partial, quantization, feed.obtain, durable, bar.update)
         begin = time.perf_counter()
         pipeline.run(todo)
         seconds = time.perf_counter() - begin
@@ -160,7 +159,11 @@ def _finish(
     write_json(
         partial / RECORD,
         {
-            "source": {"name": source.name, "revision": source.revision},
+            "source": {
+                "name": source.name,
+                "revision": source.revision,
+                "commit": source.hub.commit if source.hub else None,
+            },
             "quantised_bytes": total - sum(e.source_bytes for e in unquantised),
             "unquantised_bytes": sum(e.source_bytes for e in unquantised),
             "unquantised": {e.name: list(e.shape) for e in unquantised if len(e.shape) > 1},

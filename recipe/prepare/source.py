@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from recipe.errors import UserError
 from recipe.files import read_json, require_space
@@ -71,16 +74,19 @@ class Source:
             else " and two files of the source"
         )
 
-    def feed(self, files: list[Path]) -> LocalFeed | HubFeed:
-        """What brings the files, in this order, to the pipeline."""
-        return HubFeed(self.hub, files) if self.hub else LocalFeed()
+    def feed(self, files: list[Path], show: Callable[[str], None] = lambda text: None) -> LocalFeed | HubFeed:
+        """What brings the files, in this order, to the pipeline; `show` is told how far a download is."""
+        return HubFeed(self.hub, files, show) if self.hub else LocalFeed()
 
     def complete(self) -> Source:
         """The same with all weights on the disk. Raises UserError where they cannot be fetched."""
         if not self.hub:
             return self
         require_space(self.folder, self.space_for(self.shards), "the files to fetch")
-        with self.feed(self.shards) as feed:
+        with (
+            tqdm(desc="fetch", bar_format="{desc}: {postfix}", leave=False, disable=None) as bar,
+            self.feed(self.shards, bar.set_postfix_str) as feed,
+        ):
             for file in self.shards:
                 feed.obtain(file, feed.stop)
         return replace(self, hub=None)

@@ -45,6 +45,7 @@ class FakeHub:
     )  # one after the other: silence after so many bytes
     flipped: set[str] = field(default_factory=set)  # one bit of the content is wrong
     lists_hashes: bool = True
+    xet_is_silent: bool = False  # weights are offered by Xet, whose server takes requests and never answers
     seconds_per_chunk: float = 0.0
     requests: list[Request] = field(default_factory=list)
 
@@ -95,6 +96,18 @@ class FakeHub:
         if self.refuses:
             status, message = self.refuses
             return self.refuse(handler, status, "", message.replace("TOKEN", token or ""))
+        if "/xet-read-token/" in path:
+            self.requests.append(Request(method, "xet token", 0, token=token))
+            access = {
+                "X-Xet-Cas-Url": self.url,
+                "X-Xet-Access-Token": "xet",
+                "X-Xet-Token-Expiration": "9999999999",
+            }
+            return self.reply(handler, b"{}", access)
+        if self.xet_is_silent and not path.startswith(("/api/", f"/{self.model}/")):
+            self.requests.append(Request(method, "xet", 0))
+            self.silent.wait()
+            return None
         if path.startswith(f"/api/models/{self.model}"):
             self.requests.append(Request(method, "listing", 0, token=token))
             revision = path.removeprefix(f"/api/models/{self.model}").removeprefix("/revision/")
@@ -107,6 +120,12 @@ class FakeHub:
         if self.gated:
             return self.refuse(handler, 403, "GatedRepo", f"Access to model {self.model} is restricted")
         self.serve(handler, method, name, token)
+
+    def xet_headers(self, name):
+        return {
+            "X-Xet-Hash": hashlib.sha256(name.encode()).hexdigest(),
+            "X-Xet-Refresh-Route": f"{self.url}/api/models/{self.model}/xet-read-token/{self.commit}",
+        }
 
     def listing(self):
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
@@ -154,6 +173,8 @@ class FakeHub:
             "X-Repo-Commit": self.commit,
             "Accept-Ranges": "bytes",
         }
+        if self.xet_is_silent and name.endswith(".safetensors"):
+            headers |= self.xet_headers(name)
         for key, value in headers.items():
             handler.send_header(key, value)
         handler.end_headers()

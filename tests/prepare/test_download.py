@@ -67,6 +67,16 @@ def test_a_stall_is_noticed_and_the_download_goes_on(hub, expected, tmp_path, mo
     ]
 
 
+def test_a_silent_xet_server_is_given_up_for_plain_http(hub, expected, tmp_path, monkeypatch, capsys):
+    """The known way in which a download hangs for ever: hf_xet waits, and no timeout of Python's ends it."""
+    monkeypatch.setattr(download, "STALL_SECONDS", 2.5)
+    hub.xet_is_silent = True
+    assert weights_of(prepare(settings_for(tmp_path, keep=False)).folder) == expected
+    assert "xet" in {r.file for r in hub.requests}  # it was tried
+    said = [line for line in capsys.readouterr().err.splitlines() if "no bytes" in line]
+    assert len(said) == 1 and said[0].endswith("; going on over plain HTTP, without Xet")
+
+
 def test_a_second_stall_ends_in_one_line_and_the_next_run_goes_on_there(hub, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "STALL_SECONDS", 1.5)
     name = sorted(weights_of(hub.folder))[0]

@@ -14,6 +14,9 @@ from recipe.settings import from_dict
 from tests.models import source_of, tiny_checkpoint
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # where prepare quantises; the kernels differ in last bits
 MODELS = [
     {"family": "llama", "tied": True},
     {"family": "llama", "tied": False},
@@ -37,12 +40,14 @@ def nf4_config(double_quant=True):
 
 
 def load(folder, dtype=torch.float32, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"}, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": DEVICE}, **options
+    ).eval()
 
 
 @torch.no_grad()
 def logits(model):
-    return model(TOKENS).logits
+    return model(TOKENS.to(DEVICE)).logits
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file, save_file
 
@@ -59,6 +60,24 @@ def test_pieces_and_workers_change_no_bit(tmp_path, monkeypatch, dtype, double_q
             assert found.dtype == expected.dtype and torch.equal(found, expected), name + suffix
         checked += 1
     assert checked == 7 and not made
+
+
+def test_the_count_of_bounds_is_the_search_among_them():
+    """Values on the bounds, beside them, tiny, zero and all of them: the code that bitsandbytes' CPU kernel finds."""
+    code = get_4bit_type("nf4", device="cpu")
+    bounds = (code[:-1] + code[1:]) / 2
+    beside = [torch.nextafter(bounds, torch.full_like(bounds, far)) for far in (-2.0, 2.0)]
+    special = torch.cat([bounds, *beside, code, torch.tensor([0.0, -0.0, 1.0])])[:64]
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()].float()
+    every = every[: every.numel() // 64 * 64]
+    random = torch.randn(2**20)
+    tiny = torch.full((64,), 1e-45)
+    for values in (special, special * 0.037, every, every.flip(0), random, random * 1e-30, tiny, tiny * 0):
+        values = values[: values.numel() // 64 * 64].contiguous()
+        packed, absmax = nf4.pack(values, Quantization())
+        expected, state = quantize_4bit(values, blocksize=64, quant_type="nf4")
+        assert torch.equal(packed, expected.reshape(-1)) and torch.equal(absmax, state.absmax)
 
 
 def test_a_file_of_mixed_types_can_be_mapped_whatever_their_sizes(tmp_path):
