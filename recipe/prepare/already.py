@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from recipe.errors import UserError
+from recipe.files import read_json
 from recipe.prepare.header import Stored, read_header
 from recipe.prepare.nf4 import BLOCK, NESTED_BLOCK
 from recipe.prepare.source import shard_files
+from recipe.settings import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 
 STATE = "quant_state.bitsandbytes__"
 ANOTHER = "take another checkpoint, or the unquantised one"
@@ -51,11 +53,25 @@ def check_quantised(folder: Path) -> None:
         owner = name.rpartition(".")[0]
         if name.endswith(".absmax") and owner not in known:
             raise UserError(f"{file}: {owner} has absmax but no `{STATE}nf4`; {ANOTHER}")
+    missing = sorted(_projections(folder) - set(stored))
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}; fetch the checkpoint again or "
+            + ANOTHER
+        )
     for name, (file, tensor) in stored.items():
         if name.endswith("_proj.weight") and name not in known:
             raise UserError(
                 f"{file}: {name} ({tensor.bytes / 2**20:.0f} MiB) is not quantised, expected NF4; {ANOTHER}"
             )
+
+
+def _projections(folder: Path) -> set[str]:
+    """The weights that must be quantised: seven in each layer, in all the families that are supported."""
+    layers = int(read_json(folder / "config.json").get("num_hidden_layers") or 0)
+    attention = {f"self_attn.{name}" for name in ATTENTION_PROJECTIONS}
+    names = attention | {f"mlp.{name}" for name in MLP_PROJECTIONS}
+    return {f"model.layers.{layer}.{name}.weight" for layer in range(layers) for name in names}
 
 
 def _check_weight(weight: str, name: str, stored: dict[str, tuple[Path, Stored]]) -> None:

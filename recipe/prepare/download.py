@@ -51,7 +51,6 @@ def ask_hub(
     environment = dict(os.environ) | {
         "HF_ENDPOINT": constants.ENDPOINT,  # as this process has it
         "HF_HUB_OFFLINE": "1" if constants.is_offline_mode() else "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "0",
         "HF_HUB_VERBOSITY": "error",
         "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",  # no second copy of the weights in the hub's cache
     }

@@ -1,6 +1,6 @@
 """The stages of the preparation, each in threads of its own: read, quantise, write, hash.
 
-    read ──► quantise (one worker per core, or the GPU) ──► write ──► hash, fsync, rename
+    read ──► quantise (one worker per core, or the GPU) ──► write ──► hash ──► fsync and rename
                         └─ a tensor's last piece ─► second level (the calling thread)
 
 torch, bitsandbytes, hashlib and file access release the GIL, so the stages overlap. Tensors go through in pieces of 8 MiB
@@ -103,7 +103,8 @@ class Pipeline:
         where = torch.cuda.get_device_name() if self.gpu else f"cpu, {self.workers} threads"
         self.quantise = Stage("quantisation", where, self.workers)
         self.write = Stage("writing")
-        self.hash = Stage("hashing+fsync")
+        self.hash = Stage("hashing")
+        self.sync = Stage("fsync")
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self.lock = threading.Lock()
@@ -114,15 +115,22 @@ class Pipeline:
         self.pieces: queue.Queue = queue.Queue()  # bounded by the buffers
         self.writes: queue.Queue = queue.Queue(buffers)
         self.whole: queue.Queue = queue.Queue()
+        self.hashed: queue.Queue = queue.Queue()
         self.events: queue.Queue = queue.Queue()
 
     @property
     def stages(self) -> list[Stage]:
-        return [self.read, self.quantise, self.write, self.hash]
+        return [self.read, self.quantise, self.write, self.hash, self.sync]
 
     def run(self, shards: list[Shard]) -> None:
         """Raises what the first failing stage raised: UserError where a file is damaged or the disk is full."""
-        bodies = [lambda: self._read(shards), self._write, self._hash, *[self._quantise] * self.workers]
+        bodies = [
+            lambda: self._read(shards),
+            self._write,
+            self._hash,
+            self._sync,
+            *[self._quantise] * self.workers,
+        ]
         threads = [threading.Thread(target=self._guarded, args=(body,), daemon=True) for body in bodies]
         for thread in threads:
             thread.start()
@@ -282,20 +290,29 @@ class Pipeline:
         content = bytearray(HASH_BYTES)
         while True:
             shard = self._take(self.whole)
-            aside = self.folder / f".{shard.name}"
             digest = hashlib.sha256()
+            with (
+                self.hash.working(shard.bytes),
+                open(self.folder / f".{shard.name}", "rb", buffering=0) as file,
+            ):
+                while size := file.readinto(content):
+                    digest.update(memoryview(content)[:size])
+                    if self.stop.is_set():
+                        raise Cancelled
+            shard.sha256 = digest.hexdigest()
+            self._give(self.hashed, shard)
+
+    def _sync(self) -> None:
+        while True:
+            shard = self._take(self.hashed)
+            aside = self.folder / f".{shard.name}"
             try:
-                with self.hash.working(shard.bytes), open(aside, "rb", buffering=0) as file:
-                    while size := file.readinto(content):
-                        digest.update(memoryview(content)[:size])
-                        if self.stop.is_set():
-                            raise Cancelled
+                with self.sync.working(shard.bytes), open(aside, "rb") as file:
                     os.fsync(file.fileno())
                 os.replace(aside, self.folder / shard.name)
                 fsync_folder(self.folder)
             except OSError as error:
                 raise _cannot_write(self.folder, error) from None
-            shard.sha256 = digest.hexdigest()
             self.durable(shard)
             self._give(self.events, shard)
 

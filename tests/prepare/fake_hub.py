@@ -45,6 +45,7 @@ class FakeHub:
     )  # one after the other: silence after so many bytes
     flipped: set[str] = field(default_factory=set)  # one bit of the content is wrong
     lists_hashes: bool = True
+    redirects: bool = False  # weights come from another host, as from the hub's CDN
     xet_is_silent: bool = False  # weights are offered by Xet, whose server takes requests and never answers
     seconds_per_chunk: float = 0.0
     requests: list[Request] = field(default_factory=list)
@@ -115,11 +116,29 @@ class FakeHub:
                 return self.refuse(handler, 404, "RevisionNotFound", "no such revision")
             return self.reply(handler, json.dumps(self.listing()).encode(), {})
         name = path.rpartition("/")[2]
+        if path.startswith("/cdn/"):
+            return self.serve(handler, method, name, token, "cdn/")
         if not path.startswith(f"/{self.model}/resolve/") or not (self.folder / name).is_file():
             return self.refuse(handler, 404, "RepoNotFound", "Repository not found")
         if self.gated:
             return self.refuse(handler, 403, "GatedRepo", f"Access to model {self.model} is restricted")
+        if self.redirects and name.endswith(".safetensors"):
+            return self.redirect(handler, name)
         self.serve(handler, method, name, token)
+
+    def redirect(self, handler, name):
+        content = (self.folder / name).read_bytes()
+        handler.send_response(302)
+        headers = {
+            "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{name}",
+            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Linked-Size": str(len(content)),
+            "X-Repo-Commit": self.commit,
+            "Content-Length": "0",
+        }
+        for key, value in headers.items():
+            handler.send_header(key, value)
+        handler.end_headers()
 
     def xet_headers(self, name):
         return {
@@ -153,14 +172,14 @@ class FakeHub:
             }
         return found
 
-    def serve(self, handler, method, name, token):
+    def serve(self, handler, method, name, token, prefix=""):
         content = bytearray((self.folder / name).read_bytes())
         etag = hashlib.sha256(content).hexdigest()
         if name in self.flipped:
             content[-10] ^= 1
         first, _, last = (handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
         begin, end = int(first), min(int(last or len(content)) + 1, len(content))
-        request = Request(method, name, begin, token=token, header=bool(last))
+        request = Request(method, prefix + name, begin, token=token, header=bool(last))
         self.requests.append(request)
         handler.send_response(206 if "Range" in handler.headers else 200)
         if "Range" in handler.headers:

@@ -81,6 +81,11 @@ def unquantised(tensors):
     tensors[WEIGHT] = torch.zeros(128, 64, dtype=torch.bfloat16)
 
 
+def a_layer_lost(tensors):
+    for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+        tensors.pop(name)
+
+
 def all_states_lost(tensors):
     for name in [name for name in tensors if ".quant_state." in name]:
         tensors.pop(name)
@@ -101,6 +106,7 @@ REFUSED = {
         lambda tensors: tensors[STATE].fill_(0),
         "the quant state is not readable, expected JSON",
     ),
+    "a layer lost": (a_layer_lost, r"7 weights are missing, the first is model\.layers\.1\.mlp\.down_proj"),
     "a projection left unquantised": (unquantised, r"is not quantised, expected NF4"),
 }
 ONLY_NESTED = {

@@ -1,11 +1,17 @@
 """Models from a hub: resumed, watched, checked, and refused in one line; the hub is one of our own (fake_hub.py)."""
 
+import contextlib
+import multiprocessing
+import os
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 
 from recipe.errors import UserError
 from recipe.prepare import download, prepare
+from tests.models import PRELOADED
 from tests.prepare.fake_hub import settings_for, weights_of
 
 TOKEN = "hf_OnlyForThisTestAndVerySecret"
@@ -163,6 +169,60 @@ def test_the_token_is_sent_and_never_shown(hub, tmp_path, monkeypatch, capfd, wh
     written = "".join(p.read_text(errors="ignore") for p in (tmp_path / "models").rglob("*") if p.is_file())
     for text in (message, captured.out, captured.err, written):
         assert TOKEN not in text and TOKEN[3:] not in text
+
+
+def test_the_token_stays_with_the_hub_when_it_sends_to_another_host(hub, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.redirects, hub.lists_hashes = True, False
+    hub.cuts[sorted(weights_of(hub.folder))[0]] = 65536
+    assert weights_of(prepare(settings_for(tmp_path)).folder) == expected
+    sent = [r for r in hub.requests if r.file.startswith("cdn/")]
+    assert len(sent) >= 4 and {r.token for r in sent} == {None}
+    assert 65536 in {r.first for r in sent}
+
+
+def prepare_at(settings, url):
+    from huggingface_hub import constants
+
+    constants.ENDPOINT = url
+    prepare(settings)
+
+
+def downloads(models):
+    """Process ids of downloads that have files of this folder open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if str(models) in os.readlink(link):
+                found.add(int(link.parts[2]))
+    return found
+
+
+def test_a_killed_prepare_leaves_no_download_behind_and_the_next_goes_on_with_its_part(
+    hub, expected, tmp_path
+):
+    name = sorted(weights_of(hub.folder))[0]
+    hub.stalls[name] = [131072]
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=prepare_at, args=(settings_for(tmp_path, keep=False), hub.url)
+    )
+    process.start()
+    wait_for(lambda: any(r.file == name and r.sent >= 131072 for r in hub.bodies()))
+    wait_for(lambda: downloads(tmp_path / "models"))
+    process.kill()
+    process.join()
+    wait_for(lambda: not downloads(tmp_path / "models"))
+    asked = len(hub.requests)
+    assert weights_of(prepare(settings_for(tmp_path, keep=False)).folder) == expected
+    assert [r.first for r in hub.requests[asked:] if r.file == name and r.method == "GET"] == [131072]
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("token", ["hf_with\x07bell_inside", "hf_wïth_umlaut", "no prefix at all"])

@@ -12,7 +12,9 @@ import pytest
 
 from recipe.errors import UserError
 from recipe.prepare import prepare
-from recipe.settings import Prepare
+from recipe.prepare.quantise import quantise
+from recipe.prepare.source import find_source
+from recipe.settings import Prepare, Quantization
 from tests.models import PRELOADED
 from tests.prepare.fake_hub import settings_for, weights_of
 
@@ -136,6 +138,15 @@ def test_killed_it_goes_on_and_fetches_nothing_again_that_was_consumed(many, tmp
     assert len([n for n in again if n.endswith(".safetensors")]) <= 6 - len(consumed)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [prepared.folder.name]
     assert weights_of(prepared.folder) == weights_of(prepare(settings_for(tmp_path / "kept")).folder)
+
+
+def test_a_file_that_fills_several_shards_goes_after_the_last_of_them(many, tmp_path):
+    source = find_source(settings_for(tmp_path, keep=False))
+    quantise(source, tmp_path / "models" / "nf4", Quantization(), shard_bytes=40_000)
+    shards = list((tmp_path / "models" / "nf4").glob("*.safetensors"))
+    assert len(shards) > 6
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["nf4"]
+    assert len(many.bodies()) == 6
 
 
 def test_a_copy_that_is_kept_is_used_and_stays(hub, expected, tmp_path):
