@@ -147,6 +147,16 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--offload", default="auto", metavar="K", help="layers that ours keeps in host RAM, or auto (default)"
     )
+    bench.add_argument(
+        "--keep", default="auto", metavar="K", help="layers of ours that keep their activations, or auto"
+    )
+    bench.add_argument(
+        "--ram-gib", type=float, metavar="R", help="host RAM that ours may plan with (default: any)"
+    )
+    bench.add_argument("--kernels", default="fused", metavar="KIND", help="of ours: fused (default) or plain")
+    bench.add_argument(
+        "--fake-ranks", type=int, metavar="N", help="memory of rank 0 of N on one GPU; the peers do not exist"
+    )
     bench.add_argument("--dropout", type=float, default=0.05, metavar="P", help="of LoRA (default: 0.05)")
     bench.add_argument("--steps", type=int, default=5, metavar="S", help="timed steps, after 2 (default: 5)")
     bench.add_argument(

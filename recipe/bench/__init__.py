@@ -99,7 +99,7 @@ def measured(spec: Spec, gpus: list[Gpu]) -> dict[str, Any]:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc_per_node", str(spec.ranks), "-m", WORKER, str(spec_file), str(result_file)),
+                *("--nproc_per_node", str(spec.processes), "-m", WORKER, str(spec_file), str(result_file)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -117,7 +117,7 @@ def measured(spec: Spec, gpus: list[Gpu]) -> dict[str, Any]:
         finally:
             end(process)
         reader.join(DRAIN_SECONDS)
-        results = read_results(result_file, spec.ranks)
+        results = read_results(result_file, spec.processes)
     row = row_of(spec, results or [{"status": "failed", "note": unsaid(process.returncode, log)}], samples)
     if row["status"] == "failed":
         sys.stderr.write("".join(log))
@@ -186,7 +186,7 @@ def read_results(path: Path, ranks: int) -> list[dict[str, Any]]:
     paths = [path, *(path.with_suffix(f".{rank}{path.suffix}") for rank in range(1, ranks))]
     found = [json.loads(each.read_text()) for each in paths if each.exists()]
     # A rank whose peer has run out of memory fails on the broken connection, perhaps before it.
-    order = ("out_of_memory", "not_implemented", "failed")
+    order = ("out_of_memory", "failed")
     wrong = sorted(
         (result for result in found if result["status"] != "measured"),
         key=lambda result: (order.index(result["status"]), result["time"]),
@@ -223,7 +223,7 @@ def row_of(spec: Spec, results: list[dict[str, Any]], samples: Samples) -> dict[
     if first["status"] != "measured":
         return row
     seconds = first["step_seconds"]
-    tokens = spec.tokens * spec.micro_batches * spec.ranks
+    tokens = spec.tokens * spec.micro_batches * spec.processes
     speed = tokens / statistics.median(seconds)
     limit = sum(result["matmul_tflops"] for result in results) * 1e12 / spec.flop_per_token
     return row | {

@@ -1,34 +1,119 @@
-"""This recipe's own engine as a variant of the benchmark.
-
-To be filled in when the engine exists. `build` gets the process group joined (NCCL, or gloo on CPUs), the device
-chosen and the allocator capped; it may log to standard error. What it returns:
-
-    step(input_ids_row, document_lengths) -> loss
-        Forward and backward of one micro-batch on this rank. input_ids_row: (tokens,) int64 on the CPU;
-        document_lengths: their lengths in the row, summing up to tokens. loss: float tensor of one element, the mean
-        over this rank's labelled tokens. Gradients accumulate until optimizer_step; the last of
-        `spec.micro_batches` calls before it is the one after which they must be reduced.
-    optimizer_step()
-        AdamW on the adapters, gradients cleared.
-    describe() -> dict
-        What the engine chose, as JSON values: {"offloaded_layers": 46, "kept": "x", ...}. It stands in the row.
-
-Of the spec, `offload` (a number of layers or "auto"), `dropout`, `lora_rank`, `cap_gib`, `document_tokens` and
-`seed` are orders.
-"""
+"""This recipe's own engine as a variant of the benchmark: random weights of the true shape, the placement of the plan."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from recipe.bench.spec import Spec
+from recipe.engine.attend import Documents
+from recipe.engine.engine import Batch
+from recipe.engine.random import random_model
+from recipe.plan.budget import choose_placement
+from recipe.plan.cards import slowest_card
+from recipe.plan.memory import (
+    GIB,
+    compute_bytes,
+    device_parts,
+    host_parts,
+    outside_allocator,
+    total_gib,
+)
+from recipe.plan.placement import Placement
+from recipe.settings import Settings, from_dict
 
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from recipe.bench.emulate import Program
+LEARNING_RATE = 1e-4
 
 
-def build(spec: Spec, device: torch.device, mesh: DeviceMesh) -> Program:
-    raise NotImplementedError("recipe/bench/ours.py does not call the engine yet")
+def build(spec: Spec, device: torch.device, mesh: DeviceMesh) -> Ours:
+    return Ours(spec, device, mesh)
+
+
+def settings_of(spec: Spec) -> Settings:
+    """The run that the spec stands for, as the plan reads it."""
+    return from_dict(
+        {
+            "lora": {"rank": spec.lora_rank, "alpha": spec.lora_rank, "dropout": spec.dropout},
+            "data": {"max_length": max(16, min(spec.document_tokens or spec.tokens, spec.tokens))},
+            "train": {
+                "micro_batch_tokens": max(16, spec.tokens),
+                "global_batch_tokens": max(16, spec.tokens) * spec.ranks,
+            },
+            "compute": {"offload_layers": spec.offload, "keep_layers": spec.keep, "kernels": spec.kernels},
+        }
+    )
+
+
+def placement_of(spec: Spec, settings: Settings, card: str | None = None) -> Placement:
+    """What the plan would choose for a card whose allocator may use `cap_gib`, on a host of `ram_gib`."""
+    vram_gib = spec.cap_gib + total_gib(outside_allocator(spec.ranks)) if spec.on_gpu else None
+    known = slowest_card([card]) if card else None
+    return choose_placement(spec.shape, settings, spec.ranks, vram_gib, spec.ram_gib, known)
+
+
+class Ours:
+    """A Program, as recipe.bench.worker drives it."""
+
+    def __init__(self, spec: Spec, device: torch.device, mesh: DeviceMesh):
+        self.spec, self.device, self.mesh = spec, device, mesh
+        self.settings = settings_of(spec)
+        on_gpu = device.type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        card = torch.cuda.get_device_name(device) if on_gpu else None
+        self.placement = placement_of(spec, self.settings, card)
+        self.model = random_model(
+            spec.shape,
+            self.settings.lora,
+            mesh,
+            device,
+            dtype,
+            "varlen" if on_gpu else "sdpa",
+            spec.seed,
+            self.placement,
+            spec.tokens,
+            spec.kernels,
+        )
+        self.engine: Any = self.model.engine
+        parameters = list(self.engine.adapters.parameters.values())
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+    def step(self, input_ids_row: torch.Tensor, document_lengths: list[int]) -> torch.Tensor:
+        """Forward and backward of a micro-batch; the mean loss over this rank's labelled tokens."""
+        starts = [0, *itertools.accumulate(document_lengths)]
+        positions = torch.cat([torch.arange(length) for length in document_lengths]).to(self.device)
+        # No document predicts the first token of the next.
+        labelled = torch.ones(len(input_ids_row) - 1, dtype=torch.bool)
+        labelled[[start - 1 for start in starts[1:-1]]] = False
+        kept = labelled.nonzero()[:, 0]
+        batch = Batch(
+            input_ids_row,
+            positions,
+            Documents.of(starts, self.device),
+            kept.to(self.device),
+            input_ids_row[1:][kept].to(self.device),
+        )
+        loss = self.engine.loss(batch, training=True) / len(kept)
+        loss.backward()
+        return loss.detach()
+
+    def optimizer_step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def describe(self) -> dict[str, Any]:
+        """The placement, and what the plan foresees for it."""
+        on_gpu, ranks = self.spec.on_gpu, self.spec.ranks
+        device = device_parts(self.spec.shape, self.settings, ranks, on_gpu, self.placement)
+        host = host_parts(self.spec.shape, self.settings, device, ranks, on_gpu, self.placement)
+        return {
+            **dataclasses.asdict(self.placement),
+            "kernels": self.spec.kernels,
+            "planned_device_gib": round(total_gib(device), 2),
+            "planned_host_gib": round(total_gib(host), 2),
+            "bytes_per_element": compute_bytes(self.settings, on_gpu),
+            "layer_gib": round(self.engine.store.layout.size / GIB, 4),
+        }

@@ -48,11 +48,19 @@ class Spec:
     offload: int | str  # decoder layers whose shards live in host RAM, or "auto"; for ours
     dropout: float
     steps: int
+    keep: int | str = "auto"  # layers that keep their activations; for ours
+    ram_gib: float | None = None  # host RAM that the placement of ours may count on; None: any
+    kernels: str = "fused"
+    fake_ranks: int = 0  # rank 0 of so many, whose peers do not exist: true memory, wrong numbers
     profile: bool = False
     lora_rank: int = 16
     warm_up: int = 2
     micro_batches: int = 1
     seed: int = 0
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.fake_ranks else self.ranks
 
     @property
     def on_gpu(self) -> bool:
@@ -131,7 +139,12 @@ def specs_of(arguments: Namespace, machine: Machine) -> list[Spec]:
         raise UserError(f"--cap-gib is `{arguments.cap_gib:g}`, expected a number of GiB above 0")
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout is `{arguments.dropout:g}`, expected a number from 0 up to, but not, 1")
-    offload = _offload(arguments.offload, shape)
+    offload = _layers("--offload", arguments.offload, shape)
+    keep = _layers("--keep", arguments.keep, shape)
+    _one_of("--kernels", arguments.kernels, ("fused", "plain"))
+    _at_least("--fake-ranks", arguments.fake_ranks, 2)
+    if arguments.fake_ranks and (count != 1 or names != [OURS]):
+        raise UserError("--fake-ranks stands for the peers of one GPU, expected --gpus 1 --only ours with it")
     _check_figure(arguments.figure)
     return [
         Spec(
@@ -142,7 +155,11 @@ def specs_of(arguments: Namespace, machine: Machine) -> list[Spec]:
             document_tokens=arguments.document_tokens,
             cap_gib=arguments.cap_gib,
             gpus=count,
-            ranks=count or (1 if name in ONE_RANK else CPU_RANKS),
+            ranks=arguments.fake_ranks or count or (1 if name in ONE_RANK else CPU_RANKS),
+            fake_ranks=arguments.fake_ranks or 0,
+            keep=keep,
+            ram_gib=arguments.ram_gib,
+            kernels=arguments.kernels,
             offload=offload,
             dropout=arguments.dropout,
             steps=arguments.steps,
@@ -203,12 +220,12 @@ def _at_least(option: str, value: int | None, least: int) -> None:
         raise UserError(f"{option} is `{value}`, expected a whole number of at least {least}")
 
 
-def _offload(text: str, shape: ModelShape) -> int | str:
+def _layers(option: str, text: str, shape: ModelShape) -> int | str:
     if text == "auto":
         return text
     if not text.isdecimal() or int(text) > shape.layers:
         raise UserError(
-            f"--offload is `{text}`, expected auto or a number of layers from 0 to {shape.layers}"
+            f"{option} is `{text}`, expected auto or a number of layers from 0 to {shape.layers}"
         )
     return int(text)
 

@@ -13,7 +13,6 @@ LABELS = {
     "skipped": "skipped",
     "failed": "failed",
     "out_of_memory": "out of memory",
-    "not_implemented": "not implemented",
 }
 # (heading, its second line, width)
 COLUMNS: tuple[tuple[str, str, int], ...] = (

@@ -82,7 +82,6 @@ def results_of_ours(mesh, folder):
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         ),
         "bug": ends_badly(ValueError("so it is\nsecond line")),
-        "later": ends_badly(NotImplementedError("comes later")),
         "nan": no_number,
     }
     spec = a_spec(variant="ours", gpus=0, tokens=32, document_tokens=20, micro_batches=2)
@@ -133,7 +132,6 @@ def test_the_slot_of_ours_is_driven_and_timed(one_rank):
         ("driver", "out_of_memory", "CUDA error: out of memory"),
         ("host", "out_of_memory", "asked for 8 bytes"),
         ("bug", "failed", "ValueError: so it is"),
-        ("later", "not_implemented", "comes later"),
         ("nan", "failed", "FloatingPointError: loss is nan in step 1"),
     ],
 )
