@@ -126,7 +126,14 @@ class Train:
         1.0, "gradients are clipped to this norm over all ranks; 0 = never", low=0.0
     )
     optimizer: str = option(
-        "adamw", "32-bit AdamW; 8-bit states are unreliable under sharding", choices=("adamw",)
+        "adamw",
+        "32-bit AdamW",
+        choices=("adamw",),
+        refused={
+            "adamw_8bit": "8-bit states are quantised in blocks that sharding cuts otherwise than one process would, "
+            "so another number of GPUs would train another model, and a shard of a block can blow up; "
+            "sharded 32-bit states take 1.5 GiB for 70B over all GPUs"
+        },
     )
     seed: int = option(42, "data order, adapter initialisation and dropout", low=0, high=2**32 - 1)
     log_every: int = option(10, "steps between progress lines; metrics.jsonl has every step", low=1)
@@ -319,6 +326,8 @@ def _value(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
     """One value, converted where that loses nothing (1e-4 is text to YAML), or UserError."""
     kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     fail = UserError(f"{where}{key} is {_shown(value)}, expected {_expected(kinds, limits)}")
+    if value in limits.get("refused", {}):
+        raise UserError(f"{fail}; {limits['refused'][value]}")
     if value is None:
         if type(None) in kinds:
             return None

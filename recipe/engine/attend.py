@@ -91,7 +91,7 @@ class Attention:
             return self._cudnn_backward(grad, q, k, v, attended, documents)
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-            out = self._sdpa(*leaves, documents, window)
+            out = self._sdpa(leaves[0], leaves[1], leaves[2], documents, window)
         return torch.autograd.grad(out, leaves, grad)
 
     def _sdpa(self, q, k, v, documents: Documents, window: int | None) -> torch.Tensor:

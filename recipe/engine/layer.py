@@ -111,12 +111,8 @@ class FusedLayer:
                 self._base(n2, layer, name, kept[key][rows] if key in kept else None)
                 for name, key in (("gate_proj", "gate"), ("up_proj", "up"))
             )
-            h = kernels.swiglu(
-                gate,
-                up,
-                *(self._low_rank(layer, "gate_up", name, down) for name in ("gate_proj", "up_proj")),
-                out=None if "gate_up" in keep else gate,
-            )
+            lora = [self._low_rank(layer, "gate_up", name, down) for name in ("gate_proj", "up_proj")]
+            h = kernels.swiglu(gate, up, lora[0], lora[1], out=None if "gate_up" in keep else gate)
             del gate, up
             self._add_base(part, h, layer, "down_proj")
             self._add_lora(part, layer, "down", "down_proj", self._down(h, layer, "down", step, rows.start))

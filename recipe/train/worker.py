@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import socket
 import sys
 import time
@@ -25,7 +27,11 @@ from recipe.engine.devices import attention_kind, compute_device, compute_dtype,
 from recipe.engine.load import load_sharded
 from recipe.errors import Refused, UserError
 from recipe.files import read_json, write_json
+from recipe.plan.budget import GPU_SPARE_GIB
+from recipe.plan.memory import GIB, layer_bytes
 from recipe.plan.placement import Placement
+from recipe.plan.shapes import ModelShape, shape_of
+from recipe.settings import Settings
 from recipe.train.data import PackedCollator, load_tokenizer
 from recipe.train.run import Run, read_jsonl
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
@@ -47,6 +53,12 @@ def main() -> int:
     except (UserError, Refused) as error:
         run.event("error", str(error), exit_code=error.exit_code, rank=_rank())
         return error.exit_code
+    except torch.OutOfMemoryError as error:
+        print(traceback.format_exc(), file=sys.stderr)
+        shape = shape_of(read_json(run.manifest)["model"]["folder"])
+        text = out_of_memory(error, run.settings(), Placement(**arguments.placement), shape)
+        run.event("error", text, exit_code=1, rank=_rank())
+        return 1
     except BaseException as error:
         text = traceback.format_exc()
         print(text, file=sys.stderr)
@@ -139,6 +151,27 @@ def train(run: Run, placement: Placement, resume: Path | None) -> None:
             },
         )
         run.event("finished", f"finished {trainer.state.global_step} steps", step=trainer.state.global_step)
+
+
+def out_of_memory(error: Exception, settings: Settings, placement: Placement, shape: ModelShape) -> str:
+    """One line for a full GPU: what was allocated, what was asked for, and the setting that would fit."""
+    asked = re.search(r"Tried to allocate ([\d.]+) (MiB|GiB)", str(error))
+    asked_gib = float(asked[1]) / (1024 if asked[2] == "MiB" else 1) if asked else 1.0
+    held = re.search(r"([\d.]+ [MG]iB) is allocated by PyTorch", str(error))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    per_layer = layer_bytes(shape, settings) / world / GIB
+    more = placement.offload_layers + math.ceil((asked_gib + GPU_SPARE_GIB) / per_layer)
+    if more <= placement.layers:
+        remedy = f"compute.offload_layers={more} (now {placement.offload_layers})"
+    else:
+        remedy = (
+            f"train.micro_batch_tokens={settings.micro_batch_tokens // 2} (now {settings.micro_batch_tokens})"
+        )
+    return (
+        f"GPU memory is full on rank {_rank()}: {asked_gib:.2f} GiB were asked for with "
+        f"{held[1] if held else 'nearly all'} allocated; end other programs on the GPU, or make it fit with "
+        f"--set {remedy}"
+    )
 
 
 def join_process_group() -> torch.device:
