@@ -6,6 +6,7 @@ and activations, and whatever it keeps. The last tests break the engine, and see
 """
 
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -52,7 +53,7 @@ from tests.engine.steps import (
 from tests.models import run_ranks
 
 WORLDS = (1, 2, 3)
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "tied": {"family": "llama", "tied": True},
     "untied": {"family": "llama"},
     "biases": {"family": "qwen2"},
@@ -349,10 +350,8 @@ def absmax_of_the_next_rank():
 
 
 def no_document_boundaries():
-    original = Documents.of.__func__
-    return mock.patch.object(
-        Documents, "of", classmethod(lambda cls, starts, device: original(cls, [0, starts[-1]], device))
-    )
+    original = Documents.of
+    return mock.patch.object(Documents, "of", lambda starts, device: original([0, starts[-1]], device))
 
 
 def stale_adapters():
