@@ -269,9 +269,24 @@ CASES = {
         ["compute.dtype is `fp16`", "auto, fp32 or bf16"],
     ),
     "attention that this CPU has not": (
-        settings(compute__attention="flash_attention_2"),
+        settings(compute__attention="varlen"),
         TRAIN,
-        ["compute.attention is `flash_attention_2`", "needs a GPU", "sdpa"],
+        ["compute.attention is `varlen`", "needs a GPU", "sdpa"],
+    ),
+    "sums in fp16 of products that are not": (
+        settings(compute__accumulate="fp16", compute__dtype="bf16"),
+        TRAIN,
+        ["compute.accumulate is `fp16`", "computes in bfloat16", "compute.dtype: fp16"],
+    ),
+    "more layers offloaded than there are": (
+        settings(compute__offload_layers=99),
+        PLAN,
+        ["compute.offload_layers is 99", "the model has 2 layers", "0 to 2, or auto"],
+    ),
+    "more layers kept than there are": (
+        settings(compute__keep_layers=99),
+        TRAIN,
+        ["compute.keep_layers is 99", "the model has 2 layers", "0 to 2, or auto"],
     ),
     # the data
     "data not set": (settings(data__path=None), TRAIN, ["data.path is not set", "DATA="]),

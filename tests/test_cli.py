@@ -14,7 +14,7 @@ from recipe.errors import Refused, UserError
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "recipe" / "configs" / "smollm2-135m.yaml")
-COMMANDS = ("plan", "preflight", "prepare", "train", "eval", "export", "chat", "demo")
+COMMANDS = ("plan", "preflight", "prepare", "train", "eval", "export", "chat", "demo", "bench")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -105,6 +105,30 @@ BAD = {
         "compute:\n  dtype: bf61\n",
         ["c.yaml:2:", "compute.dtype is `bf61`", "bf16, fp16", "did you mean `bf16`"],
     ),
+    "unknown kernels": (
+        "compute:\n  kernels: triton\n",
+        ["c.yaml:2:", "compute.kernels is `triton`", "one of fused, plain"],
+    ),
+    "attention of yesterday": (
+        "compute:\n  attention: flash_attention_2\n",
+        ["c.yaml:2:", "`flash_attention_2`", "one of auto, varlen, sdpa"],
+    ),
+    "fewer layers than none": (
+        "compute:\n  offload_layers: -1\n",
+        ["c.yaml:2:", "compute.offload_layers is `-1`", "a whole number from 0", "or `auto`"],
+    ),
+    "half a layer": (
+        "compute:\n  keep_layers: 1.5\n",
+        ["c.yaml:2:", "compute.keep_layers is 1.5", "a whole number from 0", "or `auto`"],
+    ),
+    "unknown sums": (
+        "compute:\n  accumulate: bf16\n",
+        ["c.yaml:2:", "compute.accumulate is `bf16`", "one of fp32, fp16"],
+    ),
+    "a setting that is gone": (
+        "compute:\n  activation_checkpointing: true\n",
+        ["c.yaml:2:", "unknown key `compute.activation_checkpointing`"],
+    ),
     "8-bit Adam": ("train:\n  optimizer: adamw8bit\n", ["c.yaml:2:", "`adamw8bit`", "one of adamw"]),
     "other quantisation": ("quantization:\n  type: fp4\n", ["c.yaml:2:", "`fp4`", "one of nf4"]),
     "unknown word": ("compute:\n  processes: many\n", ["c.yaml:2:", "`many`", "or `auto`"]),

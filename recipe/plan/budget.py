@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from recipe.errors import UserError
 from recipe.hardware import Machine
 from recipe.plan import memory
 from recipe.plan.cards import Card, card_with, floor_seconds, slowest_card
-from recipe.plan.choose import choose
-from recipe.plan.memory import Part, total_gib
+from recipe.plan.choose import Room, choose
+from recipe.plan.parts import GIB, Part, total_gib
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import Settings
@@ -174,18 +175,28 @@ def choose_placement(
 ) -> Placement:
     """The fastest placement that fits a GPU of `vram_gib` (None: a CPU) and a host of `ram_gib` (None: any)."""
     on_gpu = vram_gib is not None
+    # RAM is filled to the brim where it must be, not where it only saves time.
+    careful = settings.compute.keep_layers == "auto"
 
-    def fits(placement: Placement) -> bool:
-        device = memory.device_parts(shape, settings, world_size, on_gpu, placement)
+    def device_missing(placement: Placement) -> float:
+        if vram_gib is None:
+            return 0.0
+        return _vram_needed_gib(shape, settings, world_size, placement) - vram_gib
+
+    def host_missing(placement: Placement) -> float:
+        if ram_gib is None:
+            return 0.0
+        device = [] if on_gpu else memory.device_parts(shape, settings, world_size, on_gpu, placement)
         host = memory.host_parts(shape, settings, device, world_size, on_gpu, placement)
-        if ram_gib is not None:
-            limit = ram_gib * KEEP_SHARE if placement.keep_layers and on_gpu else ram_gib - HOST_SPARE_GIB
-            if total_gib(host) > limit:
-                return False
-        outside = total_gib(memory.outside_allocator(world_size)) + GPU_SPARE_GIB
-        return vram_gib is None or total_gib(device) + outside <= vram_gib
+        limit = ram_gib * KEEP_SHARE if careful and placement.keep_layers else ram_gib - HOST_SPARE_GIB
+        return total_gib(host) - limit
 
-    return choose(shape, settings, world_size, on_gpu, card, fits)
+    return choose(shape, settings, world_size, on_gpu, card, Room(device_missing, host_missing))
+
+
+def _vram_needed_gib(shape: ModelShape, settings: Settings, world_size: int, placement: Placement) -> float:
+    device = memory.device_parts(shape, settings, world_size, True, placement)
+    return total_gib(device) + total_gib(memory.outside_allocator(world_size)) + GPU_SPARE_GIB
 
 
 def _gpus(machine: Machine | None, gpus: int | None, vram_gib: float | None) -> tuple[int, float | None]:
@@ -220,7 +231,7 @@ def _world_size(settings: Settings, gpus: int) -> int:
 
 
 def _size_gib(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) / memory.GIB
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) / GIB
 
 
 def _reasons(plan: Plan, shape: ModelShape, settings: Settings, gpus: int) -> list[str]:
@@ -233,14 +244,20 @@ def _reasons(plan: Plan, shape: ModelShape, settings: Settings, gpus: int) -> li
     if plan.vram_gib is not None and plan.vram_needed_gib > plan.vram_gib:
         reasons.append(
             f"GPU memory: {plan.vram_needed_gib:.1f} GiB needed on each GPU, {plan.vram_gib:.1f} there; "
-            f"{_biggest(plan.device_parts)}; {_what_would_fit(plan, shape, settings)}"
+            f"{_biggest(plan.device_parts)}; "
+            + _what_would_fit(
+                plan, shape, settings, f"GPUs with {math.ceil(plan.vram_needed_gib)} GiB or more"
+            )
         )
     if plan.ram_gib is not None and plan.ram_needed_gib > plan.ram_gib:
         training = total_gib(plan.host_parts) >= plan.prepare_gib
         parts = _biggest(plan.host_parts) if training else "the most while preparing the model"
-        help = "more RAM would help"
         if plan.device == "cpu" and training:
             help = "take a smaller model, or a machine with GPUs: --gpus N --vram-gib G asks which would do"
+        elif training:
+            help = _what_would_fit(plan, shape, settings, f"{math.ceil(plan.ram_needed_gib)} GiB of RAM")
+        else:
+            help = "more RAM would help"
         reasons.append(
             f"host RAM: {plan.ram_needed_gib:.1f} GiB needed, {plan.ram_gib:.1f} there; {parts}; {help}"
         )
@@ -258,30 +275,35 @@ def _biggest(parts: list[Part], count: int = 4) -> str:
     return "biggest: " + ", ".join(f"{part.name} {part.gib:.1f}" for part in ordered)
 
 
-def _what_would_fit(plan: Plan, shape: ModelShape, settings: Settings) -> str:
-    """The nearest changes under which one GPU's share fits, or that none is known."""
+def _what_would_fit(plan: Plan, shape: ModelShape, settings: Settings, larger: str) -> str:
+    """The nearest changes under which it fits the GPUs and the RAM; `larger` is the one that always does."""
 
-    def needed(world_size: int, settings: Settings) -> float:
+    if settings.compute.keep_layers == "auto":  # whether it fits, not how fast
+        compute = dataclasses.replace(settings.compute, keep_layers=0)
+        settings = dataclasses.replace(settings, compute=compute)
+
+    def fits(world_size: int, settings: Settings) -> bool:
         placement = choose_placement(shape, settings, world_size, plan.vram_gib, plan.ram_gib)
-        device = memory.device_parts(shape, settings, world_size, True, placement)
-        return total_gib(device) + total_gib(memory.outside_allocator(world_size)) + GPU_SPARE_GIB
+        host = memory.host_parts(shape, settings, [], world_size, True, placement)
+        assert plan.vram_gib is not None
+        return _vram_needed_gib(shape, settings, world_size, placement) <= plan.vram_gib and (
+            plan.ram_gib is None or total_gib(host) + HOST_SPARE_GIB <= plan.ram_gib
+        )
 
-    assert plan.vram_gib is not None
     ways = []
     tokens = plan.micro_batch_tokens // 2
     while tokens >= SHORTEST_MICRO_BATCH:
-        if needed(plan.world_size, _with_tokens(settings, tokens)) <= plan.vram_gib:
+        if fits(plan.world_size, _with_tokens(settings, tokens)):
             ways.append(f"train.micro_batch_tokens and data.max_length of {tokens}")
             break
         tokens //= 2
     for world_size in range(plan.world_size + 1, LARGEST_GROUP + 1):
-        if needed(world_size, settings) <= plan.vram_gib:
+        if fits(world_size, settings):
             batch = settings.nearest_global_batch(world_size)
             same = batch == settings.train.global_batch_tokens
             ways.append(f"{world_size} such GPUs{'' if same else f' (train.global_batch_tokens={batch})'}")
             break
-    ways.append(f"GPUs with {plan.vram_needed_gib:.0f} GiB or more")
-    return "would fit: " + ", or ".join(ways)
+    return "would fit: " + ", or ".join([*ways, larger])
 
 
 def _with_tokens(settings: Settings, tokens: int) -> Settings:

@@ -1,14 +1,16 @@
 """Which layers to offload and what to keep: the fastest placement that fits, by the memory model and a cost in seconds.
 
 Cost: the matrix products that the placement computes, dequantising as often as it must, and the copies that do not hide
-behind them. Ties go to fewer offloaded layers.
+behind them. Where that tells no difference, fewer offloaded layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from recipe.errors import UserError
 from recipe.plan import memory
 from recipe.plan.cards import Card
 from recipe.plan.placement import MLP_CHUNK, MLP_SLOTS, Placement
@@ -20,31 +22,60 @@ UNKNOWN = Card("unknown", 100, 24, 900)
 COPY_GB_PER_SECOND = 12  # PCIe 4.0 x8, as a second card often has
 MORE_OFFLOADED = 8  # layers: room on the device for what other layers keep
 TIGHT_CHUNK = 4096  # tokens of the MLP at once where there is room for one dequantised matrix only
+TIE = 1.01  # the cost tells nothing finer
+
+
+@dataclass(frozen=True)
+class Room:
+    """GiB that a placement needs beyond what the device and the host have; 0 or less: it fits."""
+
+    device_missing: Callable[[Placement], float]
+    host_missing: Callable[[Placement], float]
+
+    def on_device(self, placement: Placement) -> bool:
+        return self.device_missing(placement) <= 0
+
+    def everywhere(self, placement: Placement) -> bool:
+        return self.on_device(placement) and self.host_missing(placement) <= 0
 
 
 def choose(
-    shape: ModelShape,
-    settings: Settings,
-    world_size: int,
-    on_gpu: bool,
-    card: Card | None,
-    fits: Callable[[Placement], bool],
+    shape: ModelShape, settings: Settings, world_size: int, on_gpu: bool, card: Card | None, room: Room
 ) -> Placement:
-    """The placement of a run; the one that needs least of the device where none fits.
+    """The placement of a run; where none fits, the one that lacks least.
 
-    `compute.offload_layers` and `compute.keep_layers` fix what they name. fits: whether a placement fits the machine.
+    `compute.offload_layers` and `compute.keep_layers` fix what they name. Raises UserError where they name more layers
+    than the model has.
     """
-    possible = [p for p in _candidates(shape, settings, on_gpu, fits) if fits(p)]
+    for name in ("offload_layers", "keep_layers"):
+        count = getattr(settings.compute, name)
+        if count != "auto" and count > shape.layers:
+            raise UserError(
+                f"compute.{name} is {count}, but the model has {shape.layers} layers; "
+                f"expected 0 to {shape.layers}, or auto"
+            )
+    candidates = list(_candidates(shape, settings, on_gpu, room))
+    possible = [placement for placement in candidates if room.everywhere(placement)]
     if not possible:
-        return _smallest(shape, settings, on_gpu)
-    return min(
-        possible,
-        key=lambda p: (
-            round(_seconds(shape, settings, world_size, card or UNKNOWN, p), 3),
-            p.offload_layers,
-            p.away_layers,
-        ),
-    )
+        # With less RAM than any needs, the least of it; with too small a device, the least of that.
+        on_device = [placement for placement in candidates if room.on_device(placement)]
+        return min(on_device or candidates, key=room.host_missing if on_device else room.device_missing)
+    seconds = {p: micro_batch_seconds(shape, settings, world_size, card or UNKNOWN, p) for p in possible}
+    limit = TIE * min(seconds.values())
+    as_fast = [placement for placement in possible if seconds[placement] <= limit]
+    return min(as_fast, key=lambda p: (p.offload_layers, seconds[p], p.away_layers))
+
+
+def _candidates(shape: ModelShape, settings: Settings, on_gpu: bool, room: Room) -> Iterator[Placement]:
+    for slots, chunk in _ways(settings):
+        # Of the activations, all go to the host, or none.
+        for away in (0, shape.layers) if on_gpu else (0,):
+            base = Placement(shape.layers, 0, away, 0, chunk, slots)
+            for offload in _offloads(base, settings, on_gpu, room):
+                placement = _kept(dataclasses.replace(base, offload_layers=offload), settings, room)
+                yield placement
+                if away:  # what the device has room for need not go to the host
+                    yield _first(placement, "away_layers", room.on_device)
 
 
 def _ways(settings: Settings) -> list[tuple[int, int]]:
@@ -53,36 +84,29 @@ def _ways(settings: Settings) -> list[tuple[int, int]]:
     return [(MLP_SLOTS, min(MLP_CHUNK, tokens)), (1, min(TIGHT_CHUNK, tokens))]
 
 
-def _candidates(
-    shape: ModelShape, settings: Settings, on_gpu: bool, fits: Callable[[Placement], bool]
-) -> Iterator[Placement]:
-    compute, layers = settings.compute, shape.layers
-    for slots, chunk in _ways(settings):
-        for away in sorted({0, layers} if on_gpu else {0}):
-            base = Placement(layers, 0, away, 0, chunk, slots)
-            if compute.offload_layers != "auto":
-                offloads = range(min(int(compute.offload_layers), layers), layers + 1)[:1]
-            elif on_gpu:
-                fewest = _first(base, "offload_layers", layers, fits).offload_layers
-                offloads = range(fewest, min(fewest + MORE_OFFLOADED, layers) + 1)
-            else:
-                offloads = range(1)
-            for offload in offloads:
-                placement = dataclasses.replace(base, offload_layers=offload)
-                if compute.keep_layers == "auto":
-                    placement = _last(placement, "keep_layers", layers, fits)
-                else:
-                    placement = dataclasses.replace(
-                        placement, keep_layers=min(int(compute.keep_layers), layers)
-                    )
-                yield placement
-                if away:  # what the device has room for need not go to the host
-                    yield _first(placement, "away_layers", layers, fits)
+def _offloads(base: Placement, settings: Settings, on_gpu: bool, room: Room) -> range:
+    fixed = settings.compute.offload_layers
+    if not isinstance(fixed, str):
+        return range(fixed, fixed + 1)
+    if not on_gpu:  # host RAM is all there is
+        return range(1)
+    least = 0 if settings.compute.keep_layers == "auto" else int(settings.compute.keep_layers)
+    fewest = _first(
+        dataclasses.replace(base, keep_layers=least), "offload_layers", room.on_device
+    ).offload_layers
+    return range(fewest, min(fewest + MORE_OFFLOADED, base.layers) + 1)
 
 
-def _first(placement: Placement, name: str, most: int, fits: Callable[[Placement], bool]) -> Placement:
-    """The least value of a field with which it fits: more offloaded layers need ever less of the device."""
-    low, high = 0, most
+def _kept(placement: Placement, settings: Settings, room: Room) -> Placement:
+    fixed = settings.compute.keep_layers
+    if not isinstance(fixed, str):
+        return dataclasses.replace(placement, keep_layers=fixed)
+    return _last(placement, "keep_layers", room.everywhere)
+
+
+def _first(placement: Placement, name: str, fits: Callable[[Placement], bool]) -> Placement:
+    """The least number of layers with which it fits, or all: the more are elsewhere, the less the device holds."""
+    low, high = 0, placement.layers
     while low < high:
         middle = (low + high) // 2
         if fits(dataclasses.replace(placement, **{name: middle})):
@@ -92,9 +116,9 @@ def _first(placement: Placement, name: str, most: int, fits: Callable[[Placement
     return dataclasses.replace(placement, **{name: low})
 
 
-def _last(placement: Placement, name: str, most: int, fits: Callable[[Placement], bool]) -> Placement:
-    """The greatest value of a field with which it still fits."""
-    low, high = 0, most
+def _last(placement: Placement, name: str, fits: Callable[[Placement], bool]) -> Placement:
+    """The greatest number of layers with which it still fits, or none."""
+    low, high = 0, placement.layers
     while low < high:
         middle = (low + high + 1) // 2
         if fits(dataclasses.replace(placement, **{name: middle})):
@@ -104,16 +128,7 @@ def _last(placement: Placement, name: str, most: int, fits: Callable[[Placement]
     return dataclasses.replace(placement, **{name: low})
 
 
-def _smallest(shape: ModelShape, settings: Settings, on_gpu: bool) -> Placement:
-    """What takes least of the device, for a plan that says what is missing."""
-    compute, (slots, chunk) = settings.compute, _ways(settings)[-1]
-    layers = shape.layers
-    offload = layers if compute.offload_layers == "auto" else min(int(compute.offload_layers), layers)
-    keep = 0 if compute.keep_layers == "auto" else min(int(compute.keep_layers), layers)
-    return Placement(layers, offload if on_gpu else 0, layers if on_gpu else 0, keep, chunk, slots)
-
-
-def _seconds(
+def micro_batch_seconds(
     shape: ModelShape, settings: Settings, world_size: int, card: Card, placement: Placement
 ) -> float:
     """Of one micro-batch on one rank."""
@@ -131,8 +146,8 @@ def _seconds(
         for keep, is_away in zip(placement.keep, placement.away, strict=True)
         if is_away
     )
-    copies = 2 * (placement.offload_layers * layer / world_size + gathered + away) / (
-        COPY_GB_PER_SECOND * 1e9
+    copies = (
+        2 * (placement.offload_layers * layer / world_size + gathered + away) / (COPY_GB_PER_SECOND * 1e9)
     )
     # Copies are not quite free where they hide: memory bandwidth is shared.
     return arithmetic + max(0.0, copies - arithmetic) + 0.02 * min(copies, arithmetic)
@@ -149,5 +164,3 @@ def _dequantised(shape: ModelShape, settings: Settings, placement: Placement) ->
         return 2 * layers * linear + again * attention
     recomputed = chunks * mlp * 2 / 3
     return layers * (attention + chunks * mlp) * 2 + again * (attention + recomputed)
-
-

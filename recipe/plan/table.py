@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from recipe.plan.budget import GPU_SPARE_GIB, HOST_SPARE_GIB, Plan
-from recipe.plan.memory import Part, total_gib
+from recipe.plan.parts import Part, total_gib
 
 WIDTH = 100
 
@@ -52,15 +52,11 @@ def _device(plan: Plan) -> list[str]:
 
 
 def _host(plan: Plan) -> list[str]:
-    # On a CPU the parts of a rank stand above already.
-    parts = (
-        plan.host_parts
-        if plan.device == "gpu"
-        else [
-            plan.host_parts[0],
-            Part("ranks", total_gib(plan.host_parts[1:]), f"{plan.world_size} × the memory above"),
-        ]
-    )
+    parts = plan.host_parts
+    if plan.device == "cpu":  # the parts of a rank stand above already
+        ranks = plan.world_size * plan.device_gib
+        others = parts[: len(parts) - len(plan.device_parts)]
+        parts = [*others, Part("ranks", ranks, f"{plan.world_size} × the memory above")]
     lines = _table(
         "Host RAM",
         [*parts, Part("to spare", HOST_SPARE_GIB, "for the system")],

@@ -11,6 +11,8 @@ BF16_CAPABILITY = (8, 0)
 # Driver branch that each major CUDA version needs; the locked torch is a CUDA 13 build.
 DRIVER_BRANCHES = {12: 525, 13: 580}
 LOCKED_CUDA = 13
+# A larger model may fit into host RAM, but on a CPU it trains for weeks: a GPU that is not found is an error then.
+MOST_PARAMETERS_ON_CPU = 3e9
 
 
 def present(context: Context) -> Check:
@@ -23,7 +25,9 @@ def present(context: Context) -> Check:
         )
     found, remedy = _why_no_gpu(context)
     plan = context.plan
-    needed = context.on_gpu or (plan.ram_gib is not None and plan.ram_needed_gib > plan.ram_gib)
+    too_large = plan.parameters > MOST_PARAMETERS_ON_CPU
+    too_large |= plan.ram_gib is not None and plan.ram_needed_gib > plan.ram_gib
+    needed = context.on_gpu or too_large
     if not needed and not machine.nvidia_without_driver:
         return Check("gpu", "ok", f"{found}; this config runs on the CPU", "none needed")
     expected = "an NVIDIA GPU with its driver" if needed else "none needed"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from recipe.hardware import disk_free_gib, refuse_unsupported
 from recipe.plan import Plan
-from recipe.plan.memory import total_gib
+from recipe.plan.parts import total_gib
 from recipe.preflight.check import Check, Context, judged
 
 OLDEST_PYTHON = (3, 11)

@@ -57,7 +57,7 @@ BROKEN = {
     ),
     "no swap": (
         host.swap,
-        {"machine": {"swap_total_gib": 0.0, "swap_free_gib": 0.0, "ram_available_gib": 6.5}},
+        {"machine": {"swap_total_gib": 0.0, "swap_free_gib": 0.0, "ram_available_gib": 5.5}},
         "warn",
         "0.0 GiB",
         "add swap",
@@ -112,9 +112,9 @@ BROKEN = {
     "too few gpus": (gpu.count, {"compute": {"processes": 4}}, "fail", "2", "CUDA_VISIBLE_DEVICES"),
     "small gpu": (
         gpu.memory_size,
-        {"machine": {"gpus": [dataclasses.replace(CARD, memory_total_gib=6.0)]}},
+        {"machine": {"gpus": [dataclasses.replace(CARD, memory_total_gib=3.0)]}},
         "fail",
-        "6.0 GiB",
+        "3.0 GiB",
         "biggest: ",
     ),
     "gpu taken": (
