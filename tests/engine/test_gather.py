@@ -1,6 +1,6 @@
 """No rank's slice of an adapter is lost: every byte is found again in what is exported, saved and resumed from.
 
-(accelerate PR 4206: with FSDP2 and PEFT only rank 0's slice was saved, half the adapter, without a word.)
+(accelerate PR 4206: there, with FSDP2 and PEFT, only rank 0's slice was saved, half the adapter, without a word.)
 """
 
 import json
@@ -12,9 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from recipe.engine.attention import attention_name
 from recipe.engine.load import load_sharded
 from recipe.errors import UserError
+from recipe.plan.placement import Placement
 from recipe.settings import Lora
 from recipe.train import checkpoint
 from tests.models import run_ranks
@@ -30,9 +30,8 @@ def folder(nf4_model):
 
 
 def load(mesh, folder, seed=0, lora=LORA):
-    return load_sharded(
-        folder, lora, mesh, torch.device("cpu"), torch.float32, attention_name("sdpa"), seed=seed
-    )
+    placement = Placement.of(2, offload=1)
+    return load_sharded(folder, lora, mesh, torch.device("cpu"), torch.float32, "sdpa", seed, placement, 64)
 
 
 def pattern(rank, number, count):
