@@ -27,7 +27,7 @@ from recipe.errors import UserError
 from recipe.files import fsync_folder
 from recipe.prepare.download import Cancelled
 from recipe.prepare.entries import Entry
-from recipe.prepare.nf4 import BLOCK, json_suffix, pack, state_of
+from recipe.prepare.nf4 import BLOCK, CPU_VALUES, json_suffix, pack, state_of
 from recipe.prepare.rates import Stage
 from recipe.prepare.shardfile import ShardFile
 from recipe.settings import Quantization
@@ -244,7 +244,9 @@ class Pipeline:
 
     def _plain(self, piece: Piece) -> torch.Tensor:
         values = piece.values
-        if values.is_floating_point() and not torch.isfinite(values.float()).all():
+        if values.is_floating_point() and not all(
+            part.float().isfinite().all() for part in values.split(CPU_VALUES)
+        ):
             raise _not_finite(piece.tensor.entry)
         return piece.buffer[: piece.size]
 

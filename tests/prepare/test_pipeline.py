@@ -184,10 +184,10 @@ def test_the_slowest_stage_is_the_one_that_works_longest():
 
 
 CHILD = """
-    import json, sys, threading
+    import json, os, sys, threading
     import torch, transformers, bitsandbytes
     from pathlib import Path
-    from recipe.prepare import quantise as _
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # memory grows with the workers
     from recipe.prepare.quantise import quantise
     from recipe.prepare.rates import resident_bytes
     from recipe.prepare.source import Source
@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_tensors_shards_or_the_model(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["grown"] < 350 * 2**20
+    assert found["grown"] < 300 * 2**20  # 840 with one output shard in memory
     assert found["peak"] < 4 * 2**30
     assert found["share"] >= 0.7
 
