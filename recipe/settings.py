@@ -326,7 +326,7 @@ def _value(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
     """One value, converted where that loses nothing (1e-4 is text to YAML), or UserError."""
     kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     fail = UserError(f"{where}{key} is {_shown(value)}, expected {_expected(kinds, limits)}")
-    if value in limits.get("refused", {}):
+    if isinstance(value, str) and value in limits.get("refused", {}):
         raise UserError(f"{fail}; {limits['refused'][value]}")
     if value is None:
         if type(None) in kinds:
