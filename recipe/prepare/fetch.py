@@ -100,7 +100,7 @@ def listing(request: dict) -> dict:
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
-    model, revision = request["model"], request["revision"]
+    model, revision = request["model"], request["revision"] or "main"
     info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=30)
     found = {}
     for file in info.siblings or []:

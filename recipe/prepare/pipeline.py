@@ -102,6 +102,7 @@ class Pipeline:
         self.read = Stage("disk reads")
         where = torch.cuda.get_device_name() if self.gpu else f"cpu, {self.workers} threads"
         self.quantise = Stage("quantisation", where, self.workers)
+        self.nest = Stage("second level")
         self.write = Stage("writing")
         self.hash = Stage("hashing")
         self.sync = Stage("fsync")
@@ -120,7 +121,7 @@ class Pipeline:
 
     @property
     def stages(self) -> list[Stage]:
-        return [self.read, self.quantise, self.write, self.hash, self.sync]
+        return [self.read, self.quantise, self.nest, self.write, self.hash, self.sync]
 
     def run(self, shards: list[Shard]) -> None:
         """Raises what the first failing stage raised: UserError where a file is damaged or the disk is full."""
@@ -258,7 +259,7 @@ class Pipeline:
                 continue
             shard, entry = event.shard, event.entry
             if event.absmax is not None:
-                with self.quantise.working():
+                with self.nest.working(event.absmax.nbytes):
                     state = state_of(event.absmax, entry.shape, entry.dtype, self.quantization)
                 event.absmax = None
                 kept = json_suffix(self.quantization)

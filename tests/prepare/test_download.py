@@ -63,19 +63,19 @@ def test_a_cut_connection_is_gone_on_with_at_the_byte_where_it_broke(hub, expect
 
 
 def test_a_stall_is_noticed_and_the_download_goes_on(hub, expected, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(download, "STALL_SECONDS", 1.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 3.0)
     name = sorted(weights_of(hub.folder))[0]
     hub.stalls[name] = [65536]
     assert weights_of(prepare(settings_for(tmp_path)).folder) == expected
     said = [line for line in capsys.readouterr().err.splitlines() if "no bytes" in line]
     assert said == [
-        f"model.id is `org/tiny`: no bytes of {name} for 2 s; going on over plain HTTP, without Xet"
+        f"model.id is `org/tiny`: no bytes of {name} for 3 s; going on over plain HTTP, without Xet"
     ]
 
 
 def test_a_silent_xet_server_is_given_up_for_plain_http(hub, expected, tmp_path, monkeypatch, capsys):
     """The known way in which a download hangs for ever: hf_xet waits, and no timeout of Python's ends it."""
-    monkeypatch.setattr(download, "STALL_SECONDS", 2.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 4.0)
     hub.xet_is_silent = True
     assert weights_of(prepare(settings_for(tmp_path, keep=False)).folder) == expected
     assert "xet" in {r.file for r in hub.requests}  # it was tried
@@ -84,11 +84,11 @@ def test_a_silent_xet_server_is_given_up_for_plain_http(hub, expected, tmp_path,
 
 
 def test_a_second_stall_ends_in_one_line_and_the_next_run_goes_on_there(hub, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "STALL_SECONDS", 1.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 3.0)
     name = sorted(weights_of(hub.folder))[0]
     hub.stalls[name] = [65536, 131072]
     message = refusal(settings_for(tmp_path))
-    assert f"no bytes of {name} for 2 s, over plain HTTP too" in message and "run it again" in message
+    assert f"no bytes of {name} for 3 s, over plain HTTP too" in message and "run it again" in message
     asked = len(hub.requests)
     assert weights_of(prepare(settings_for(tmp_path)).folder) == expected
     (rest,) = [r for r in hub.requests[asked:] if r.file == name and r.method == "GET"]
@@ -153,7 +153,7 @@ def test_without_network_what_an_earlier_call_has_fetched_is_enough(hub, expecte
 
 
 @pytest.mark.parametrize("where", ["environment", "file"])
-@pytest.mark.parametrize("status", [400, 401, 403, 500])
+@pytest.mark.parametrize("status", [403, 500])
 def test_the_token_is_sent_and_never_shown(hub, tmp_path, monkeypatch, capfd, where, status):
     if where == "environment":
         monkeypatch.setenv("HF_TOKEN", TOKEN)

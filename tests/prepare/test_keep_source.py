@@ -115,7 +115,7 @@ def prepare_and_die(settings, url, before_replace):
     prepare(settings)
 
 
-@pytest.mark.parametrize("moment", [1, 4, 5, 8])
+@pytest.mark.parametrize("moment", [1, 4, 5])
 def test_killed_it_goes_on_and_fetches_nothing_again_that_was_consumed(many, tmp_path, moment):
     settings = settings_for(tmp_path, keep=False)
     multiprocessing.set_forkserver_preload(PRELOADED)

@@ -117,7 +117,7 @@ def test_the_rates_are_recorded_and_said(tmp_path, capsys):
     assert line.startswith("quantised ") and "disk reads" in line and "; the slowest is " in line
     record = read_json(tmp_path / "models" / "tiny-nf4" / "prepare.json")["rates"]
     stages = record["stages"]
-    assert set(stages) == {"disk reads", "quantisation", "writing", "hashing", "fsync"}
+    assert set(stages) == {"disk reads", "quantisation", "second level", "writing", "hashing", "fsync"}
     tensors = load_file(source / "model.safetensors").values()
     assert record["source_bytes"] == stages["disk reads"]["bytes"] == sum(t.nbytes for t in tensors)
     slowest = stages[record["slowest"]]["busy_seconds"]
