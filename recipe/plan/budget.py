@@ -188,7 +188,8 @@ def choose_placement(
             return 0.0
         device = [] if on_gpu else memory.device_parts(shape, settings, world_size, on_gpu, placement)
         host = memory.host_parts(shape, settings, device, world_size, on_gpu, placement)
-        limit = ram_gib * KEEP_SHARE if careful and placement.keep_layers else ram_gib - HOST_SPARE_GIB
+        saves_time = careful and placement.keep_layers and (placement.away_layers or not on_gpu)
+        limit = ram_gib * KEEP_SHARE if saves_time else ram_gib - HOST_SPARE_GIB
         return total_gib(host) - limit
 
     return choose(shape, settings, world_size, on_gpu, card, Room(device_missing, host_missing))

@@ -22,7 +22,7 @@ UNKNOWN = Card("unknown", 100, 24, 900)
 COPY_GB_PER_SECOND = 12  # PCIe 4.0 x8, as a second card often has
 MORE_OFFLOADED = 8  # layers: room on the device for what other layers keep
 TIGHT_CHUNK = 4096  # tokens of the MLP at once where there is room for one dequantised matrix only
-TIE = 1.01  # the cost tells nothing finer
+TIE = 1.02  # the cost tells nothing finer
 
 
 @dataclass(frozen=True)
