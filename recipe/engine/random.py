@@ -40,8 +40,13 @@ def random_model(
     placement: Placement,
     max_tokens: int,
     kernels: str = "fused",
+    deviation: float = DEVIATION,
 ) -> PeftModel:
-    """As recipe.engine.load.load_sharded, without a checkpoint; B is random too, so that no gradient is zero."""
+    """As recipe.engine.load.load_sharded, without a checkpoint; B is random too, so that no gradient is zero.
+
+    deviation: of the weights and the head. Random weights as large as trained ones make a network that amplifies
+    every rounding; a tenth of it leaves the residual stream near its input, and gradients can be compared.
+    """
     model = skeleton(llama_config(shape), lora, dtype, attention_name(attention))
     engine = make_engine(
         model, shape, lora, mesh, device, dtype, attention, placement, max_tokens, kernels, nested=True
@@ -57,13 +62,13 @@ def random_model(
         scratch.random_(0, 256, generator=generator)
         for piece, start, end, place in held:
             if piece.key.endswith("nested_absmax"):
-                scratch[place : place + end - start].view(torch.float32).fill_(DEVIATION / NF4_DEVIATION / 4)
+                scratch[place : place + end - start].view(torch.float32).fill_(deviation / NF4_DEVIATION / 4)
         shard.copy_(scratch)
         for name in store.layout.linears:
-            store.constants[index][name] = Constants(code, DEVIATION / NF4_DEVIATION)
+            store.constants[index][name] = Constants(code, deviation / NF4_DEVIATION)
         for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             store.small[index][name] = torch.ones(shape.hidden, device=device, dtype=dtype)
-    engine.head.weight.normal_(0, DEVIATION, generator=generator)
+    engine.head.weight.normal_(0, deviation, generator=generator)
     engine.norm.fill_(1)
     engine.embedding = random_embedding(shape, mesh, device)
     start_adapters(engine.adapters, seed)

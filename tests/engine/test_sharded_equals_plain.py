@@ -5,6 +5,7 @@ included, although every rank has other data, in packed rows, and holds only its
 and activations, and whatever it keeps. The last tests break the engine, and see the comparison fail.
 """
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -120,9 +121,26 @@ def sharded(folder_of):
 
 
 def steps_of_cases(mesh, folder, cases):
-    found = {case: steps_and_memory(mesh, folder, *case) for case in cases}
-    found["start"] = gather_adapters(sharded_model(mesh, folder, Placement.of(LAYERS)))
-    return found
+    model = sharded_model(mesh, folder, Placement.of(LAYERS, offload=1))
+    found = {"start": gather_adapters(model), "bytes": bytes_of_weights(model)}
+    return found | {case: steps_and_memory(mesh, folder, *case) for case in cases}
+
+
+def bytes_of_weights(model):
+    """Bytes of all uint8 tensors in this process, as the storages that they lie in, and of those the engine's slices,
+    buffers and pools are."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+    storages = {
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+        for found in tensors
+        if found.dtype == torch.uint8 and not found.is_meta
+    }
+    store = model.engine.store
+    known = [shard for shard, away in zip(store.shards, store.offloaded, strict=True) if not away]
+    known += [store.pool._whole, *(buffer.run for buffer in store._buffers)]
+    known += [buffer.staging for buffer in store._buffers if buffer.staging is not None]
+    return sum(storages.values()), sum(tensor.nbytes for tensor in known)
 
 
 def steps_and_memory(mesh, folder, kernels, placement):
@@ -224,6 +242,15 @@ def test_a_rank_holds_its_slice_of_every_layer_and_no_more(sharded, folder_of, m
             assert rank.not_meta == []
             first, last = vocabulary_slice(shape.vocab, world, place)
             assert rank.head == (last - first, shape.hidden)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_else_of_a_layer_is_on_a_rank(sharded, model, world):
+    """Looked for among all tensors of the process: a layer that loading forgot would be there."""
+    for rank in sharded(model, world):
+        everything, known = rank["bytes"]
+        assert known == everything
 
 
 def test_vocabulary_is_cut_unevenly_where_it_must(sharded):
