@@ -224,9 +224,7 @@ def _layers(option: str, text: str, shape: ModelShape) -> int | str:
     if text == "auto":
         return text
     if not text.isdecimal() or int(text) > shape.layers:
-        raise UserError(
-            f"{option} is `{text}`, expected auto or a number of layers from 0 to {shape.layers}"
-        )
+        raise UserError(f"{option} is `{text}`, expected auto or a number of layers from 0 to {shape.layers}")
     return int(text)
 
 

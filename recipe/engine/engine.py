@@ -62,6 +62,24 @@ class Batch:
         return cls(ids.cpu(), where.to(device), Documents.of(starts, device), labelled, labels[1:][labelled])
 
 
+@dataclass
+class Left:
+    """What a forward leaves for its backward besides activations: the gradient of the labelled tokens' last states."""
+
+    step: Pass
+    gradient: torch.Tensor | None
+    labelled: torch.Tensor
+    tokens: int
+
+    def spread(self, scale: float) -> torch.Tensor:
+        """The gradient of all tokens' last states (tokens, hidden), scaled; what it was made from is let go."""
+        gradient, self.gradient = self.gradient, None
+        assert gradient is not None, "a loss goes backward once"
+        grad = gradient.new_zeros(self.tokens, gradient.shape[1])
+        grad[self.labelled] = gradient.mul_(scale)
+        return grad
+
+
 class Engine:
     """The model of one rank. Built by recipe.engine.load."""
 
@@ -120,12 +138,10 @@ class Engine:
         )
         if gradient is not None:
             gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
-        return losses.sum(), (step, gradient, labelled, len(x))
+        return losses.sum(), Left(step, gradient, labelled, len(x))
 
-    def _backward(self, scale: torch.Tensor, left) -> None:
-        step, of_labelled, labelled, tokens = left
-        grad = of_labelled.new_zeros(tokens, of_labelled.shape[1])
-        grad[labelled] = (of_labelled.float() * scale).to(grad.dtype)
+    def _backward(self, scale: float, left: Left) -> None:
+        grad = left.spread(scale)
         self.adapters.begin_backward()
         for i in reversed(range(len(self.placement.keep))):
             self.activations.fetch(i)
@@ -133,7 +149,7 @@ class Engine:
             layer = self.store.use(i, -1)
             kept = self.activations.take(i)
             sink = self.adapters.empty_gradient()
-            grad = self.arithmetic.backward(grad, kept.pop("x"), kept, layer, step, sink)
+            grad = self.arithmetic.backward(grad, kept.pop("x"), kept, layer, left.step, sink)
             self.store.done()
             self.adapters.add_gradient(i, sink)
         self.adapters.end_backward()
@@ -153,6 +169,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.engine._backward(grads[0], ctx.left)
+        # A number, not a tensor: in fp16 a loss scale may be larger than the dtype can hold.
+        ctx.engine._backward(grads[0].item(), ctx.left)
         ctx.left = None
         return None, None, None, None

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from recipe.engine.products import mm32
+
 LOGITS_BYTES = 256 * 2**20  # of the fp32 logits that exist at once on a rank
 
 
@@ -71,7 +73,7 @@ class VocabularyHead:
 
     def _chunk(self, h: torch.Tensor, targets: torch.Tensor, backward: bool):
         """Losses of some tokens, and this rank's share of the gradient of h."""
-        z = _product(h, self.weight.t())
+        z = mm32(h, self.weight.t())
         highest = z.amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
         if self.world > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
@@ -97,10 +99,3 @@ class VocabularyHead:
         mine = torch.empty(rows, gradient.shape[1], device=gradient.device)
         dist.reduce_scatter_tensor(mine, gradient.float(), group=self.group)
         return mine
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32, whatever they are in."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()

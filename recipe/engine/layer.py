@@ -16,6 +16,7 @@ from recipe.engine import kernels
 from recipe.engine.attend import Attended, Attention, Documents
 from recipe.engine.kernels import Dropout
 from recipe.engine.lora import LoraView
+from recipe.engine.products import mm32
 from recipe.engine.weights import LayerView
 from recipe.plan.shapes import ModelShape
 
@@ -210,7 +211,7 @@ class FusedLayer:
             down = self._down(x, layer, group, step, row0)
         ddown = self._ddown(grads, layer, group)
         for name in layer.lora.members[group]:
-            sink.b[name].add_(_mm32(grads[name].t(), down[:, layer.lora.columns_of(group, name)]))
+            sink.b[name].add_(mm32(grads[name].t(), down[:, layer.lora.columns_of(group, name)]))
         dropout = _dropout(layer, group, step)
         sink.a[group].add_(kernels.lora_down_grad(ddown, x, dropout, row0))
         kernels.lora_down_input_grad_(dx, ddown, layer.lora.a[group], dropout, row0)
@@ -292,7 +293,7 @@ class FusedLayer:
         dgate, dup, h = kernels.swiglu_backward_(dh, gate, up, *low_rank)
         if "down" in layer.lora.a:
             hdown = self._down(h, layer, "down", step, row0)
-            sink.b["down_proj"].add_(_mm32(dout.t(), hdown))
+            sink.b["down_proj"].add_(mm32(dout.t(), hdown))
             sink.a["down"].add_(kernels.lora_down_grad(ddown, h, dropout, row0))
         del dh, h
         grads = {"gate_proj": dgate, "up_proj": dup}
@@ -326,12 +327,3 @@ def _mix64(value: int) -> int:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         value = ((value ^ value >> shift) * factor) & 0xFFFFFFFFFFFFFFFF
     return value ^ value >> 31
-
-
-def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with an fp32 result: gradients add up in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

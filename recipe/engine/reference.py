@@ -41,22 +41,31 @@ class Nested(NamedTuple):
 
 def dropout_mask(rows: int, cols: int, dropout: Dropout, row0: int, device: torch.device | str) -> Tensor:
     """True where an element stays: (rows, cols) of the matrix whose row `row0` is the first one here."""
-    return _hashes(rows, cols, dropout.key, row0, device) >= dropout.threshold
+    hashes = _hashes(rows, cols, dropout.key, row0, device)
+    # Both shifted by 2**31: signed numbers then compare as the unsigned ones that they stand for.
+    return (hashes ^ -(2**31)) >= dropout.threshold - 2**31
 
 
 def _hashes(rows: int, cols: int, key: tuple[int, int], row0: int, device: torch.device | str) -> Tensor:
-    index = torch.arange(row0 * cols, (row0 + rows) * cols, device=device) & 0xFFFFFFFF
-    hashes = _mix((_mix(index ^ (key[0] & 0xFFFFFFFF)) + key[1]) & 0xFFFFFFFF)
-    return hashes.view(rows, cols)
+    """32-bit hashes as int32, whose sums and products wrap as unsigned ones do."""
+    x = torch.arange(rows * cols, dtype=torch.int32, device=device)
+    x = _mix_(x.add_(_signed(row0 * cols)).bitwise_xor_(_signed(key[0])))
+    return _mix_(x.add_(_signed(key[1]))).view(rows, cols)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The hash `lowbias32` of 32-bit numbers held in int64, where products may wrap: only the low half is kept."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & 0xFFFFFFFF
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+def _mix_(x: Tensor) -> Tensor:
+    """The hash `lowbias32`, in place. A shift of int32 carries the sign down, which the masks take away."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _signed(0x846CA68B)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def _signed(value: int) -> int:
+    """The int32 with the low 32 bits of `value`."""
+    return (value & 0xFFFFFFFF ^ 2**31) - 2**31
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:

@@ -76,8 +76,7 @@ def _backward(shape: ModelShape, tokens: int, width: int, placement: Placement) 
     saved = _saved(shape, tokens, width, placement)
     hidden, query, key = _sizes(shape, tokens, width)
     chunk = min(placement.mlp_chunk, tokens) * width
-    # The gradient that comes from above, and that of the loss, which lives until the backward is over.
-    above = 2 * hidden
+    above = hidden  # the gradient that comes from above
     # What FlashAttention needs besides: fp32 sums for q; gradients of k and v for each head of q where those share.
     kernel = query / width * FP32 + (2 * query if key < query else 0)
     stay = 0.0
@@ -120,8 +119,7 @@ def _loss(shape: ModelShape, tokens: int, width: int, world_size: int, placement
     logits = min(LOGITS_BYTES, tokens * shape.vocab * FP32)
     rows = logits / FP32 / max(shape.vocab / world_size, 1)  # of all ranks
     chunk = logits * (1 + width / FP32) + rows * shape.hidden * (2 * width + FP32)
-    # Last layer's output, of the labelled tokens, normed, and its gradient; then it is scaled in fp32.
-    own = max(4 * hidden + chunk, 3 * hidden + 2 * hidden / width * FP32)
+    own = 4 * hidden + chunk  # the last layer's output, of the labelled tokens, normed, and its gradient
     stay = sum(saved[placement.away_layers :])
     leaving = _leaving(saved, placement, placement.layers)
     return stay, leaving, own, "loss", "hidden states, their gradients, and a chunk of logits"

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from recipe.checksums import BlockChecksums
 from recipe.errors import UserError
 from recipe.files import fsync_folder
 from recipe.prepare.download import Cancelled
@@ -49,6 +50,7 @@ class Shard:
     jsons: dict[str, bytes] = field(default_factory=dict)
     bytes: int = 0
     sha256: str = ""
+    checksums: bytes = b""  # of its blocks, for ranks that read a part (recipe/checksums.py)
 
     @property
     def source_bytes(self) -> int:
@@ -293,16 +295,17 @@ class Pipeline:
         content = bytearray(HASH_BYTES)
         while True:
             shard = self._take(self.whole)
-            digest = hashlib.sha256()
+            digest, blocks = hashlib.sha256(), BlockChecksums()
             with (
                 self.hash.working(shard.bytes),
                 open(self.folder / f".{shard.name}", "rb", buffering=0) as file,
             ):
                 while size := file.readinto(content):
                     digest.update(memoryview(content)[:size])
+                    blocks.update(memoryview(content)[:size])
                     if self.stop.is_set():
                         raise Cancelled
-            shard.sha256 = digest.hexdigest()
+            shard.sha256, shard.checksums = digest.hexdigest(), blocks.to_bytes()
             self._give(self.hashed, shard)
 
     def _sync(self) -> None:

@@ -2,7 +2,7 @@
 
 What is written is what transformers writes for `load_in_4bit` (packed bytes as uint8, double-quantised absmax), so
 plain `from_pretrained` loads it and gives, to the bit, the logits of the model that transformers quantises itself.
-The bytes get the dtype that FSDP2 gathers in when they are loaded (recipe/engine/load.py), by view, never by a cast.
+The engine takes the bytes as they are (recipe/engine/layout.py): no cast ever touches them.
 
 The work is done by the stages of pipeline.py, a source file at a time. An interrupted run goes on at the output shard
 that it was writing; of a source on the hub that is not kept, the files that are quantised already are not fetched again.
@@ -20,7 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recipe.files import publish, read_json, require_space, sha256_of, write_json
+from recipe.checksums import SUFFIX, sidecar
+from recipe.files import publish, read_json, require_space, sha256_of, write_bytes, write_json
 from recipe.prepare.entries import Entry, bnb_config, find_entries, split
 from recipe.prepare.pipeline import Pipeline, Shard
 from recipe.prepare.rates import PeakMemory, summary
@@ -89,6 +90,7 @@ def _run(
 
         def durable(shard: Shard) -> None:
             assert shard.file is not None
+            write_bytes(sidecar(partial / shard.name), shard.checksums)
             progress["weight_map"].update(dict.fromkeys(shard.file.names(), shard.name))
             progress["files"][shard.name] = {"sha256": shard.sha256, "bytes": shard.bytes}
             write_json(partial / RECORD, progress)
@@ -123,12 +125,14 @@ def _resume(partial: Path, fingerprint: str) -> dict:
         progress = read_json(record)
         shards = {name: entry for name, entry in progress["files"].items() if name.endswith(".safetensors")}
         if progress.get("fingerprint") == fingerprint and all(
-            (partial / name).exists() and (partial / name).stat().st_size == entry["bytes"]
+            (partial / name).exists()
+            and (partial / name).stat().st_size == entry["bytes"]
+            and sidecar(partial / name).exists()
             for name, entry in shards.items()
         ):
             # What _finish had begun is made again, and nothing half-written may end in the record.
             for path in partial.iterdir():
-                if path.name != RECORD and path.name not in shards:
+                if path.name != RECORD and path.name.removesuffix(SUFFIX) not in shards:
                     path.unlink()
             kept = {key: progress.get(key) for key in ("fingerprint", "weight_map", "rates")}
             return kept | {"files": shards}

@@ -100,7 +100,7 @@ def test_a_sequence_of_32768_tokens_needs_host_ram_for_the_layers_inputs():
     assert plan.fits and 0 < plan.placement.offload_layers < 80
     assert on_paper(1, ram_gib=72.0, **long).fits
     (reason,) = on_paper(ram_gib=64.0, **long).reasons
-    assert reason.startswith("host RAM: ") and "data.max_length of 16384, or 94 GiB of RAM" in reason
+    assert reason.startswith("host RAM: ") and "data.max_length of 16384, or 93 GiB of RAM" in reason
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_the_peak_is_the_largest_moment_of_a_step():
         return {part.name for part in plan.device_parts} & {"loss", "MLP backward", "attention backward"}
 
     assert moment(8192, keep_layers=0) == {"attention backward"}
-    assert moment(4096, keep_layers=0) == {"MLP backward"}
+    assert moment(4096, keep_layers=0) == {"loss"}
     assert moment(1024, keep_layers=80) == {"loss"}  # before it, the forward has saved all
 
 
