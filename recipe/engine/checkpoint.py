@@ -31,6 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+VERIFY_BYTES = 8 * 2**20
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -179,6 +180,14 @@ class Checkpoint:
                     f"{stored.file}: is damaged at {name} (bytes {begin} to {stop} are not those that were written); "
                     "run `make prepare` again"
                 )
+
+    def verify(self, name: str, start: int, end: int) -> None:
+        """Compare bytes `start` to `end` of a tensor that is mapped rather than read with what was written."""
+        if self._checksums[self.stored(name).file] is None:
+            return
+        scratch = torch.empty(VERIFY_BYTES, dtype=torch.uint8)
+        for first in range(start, end, VERIFY_BYTES):
+            self.read_bytes(name, first, scratch[: min(VERIFY_BYTES, end - first)])
 
     def _size(self, file: Path) -> int:
         return os.fstat(self._descriptors[file]).st_size

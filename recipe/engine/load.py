@@ -76,6 +76,9 @@ def load_sharded(
         engine.embedding = EmbeddingTable.from_checkpoint(checkpoint, EMBEDDING, hidden)
         head = EMBEDDING if shape.tied else HEAD
         first, last = vocabulary_slice(shape.vocab, mesh.size(), mesh.get_local_rank())
+        if not shape.tied:  # else the head is read from it
+            row = shape.hidden * checkpoint.stored(EMBEDDING).dtype.itemsize
+            checkpoint.verify(EMBEDDING, first * row, last * row)
         engine.head.weight.copy_(checkpoint.read_rows(head, hidden, first, last))
         engine.norm.copy_(checkpoint.read(NORM, (shape.hidden,)))
         start_adapters(engine.adapters, seed)
@@ -263,19 +266,27 @@ def _constants(
     state = found.get("quant_state.bitsandbytes__nf4")
     if state is None:
         raise UserError(f"{checkpoint.folder}: {weight} is not quantised to NF4; run `make prepare` again")
-    described = json.loads(bytes(state.tolist()))
-    if described.get("blocksize") != BLOCK:
+    try:
+        described = json.loads(bytes(state.tolist()))
+        block_size = described["blocksize"]
+        offset = float(described["nested_offset"]) if store.layout.nested else 0.0
+        code = found["nested_quant_map"] if store.layout.nested else None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{checkpoint.folder}: {weight} has blocks of {described.get('blocksize')} weights, expected {BLOCK}; "
+            f"{checkpoint.stored(weight).file}: what describes {weight} is damaged ({error}), expected bitsandbytes' "
+            "quant state and nested_quant_map; run `make prepare` again"
+        ) from None
+    if block_size != BLOCK:
+        raise UserError(
+            f"{checkpoint.folder}: {weight} has blocks of {block_size} weights, expected {BLOCK}; "
             "quantise it with `make prepare`"
         )
-    if not store.layout.nested:
+    if code is None:
         return Constants()
-    code = found["nested_quant_map"]
     key = code.numpy().tobytes()
     if key not in codes:
         codes[key] = code.to(store.device)
-    return Constants(codes[key], float(described["nested_offset"]))
+    return Constants(codes[key], offset)
 
 
 def start_adapters(adapters: Adapters, seed: int) -> None:

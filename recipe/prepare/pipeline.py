@@ -48,9 +48,9 @@ class Shard:
     file: ShardFile | None = None
     left: int = 0  # entries that are not through yet
     jsons: dict[str, bytes] = field(default_factory=dict)
+    checksums: bytes = b""  # of its blocks, for ranks that read a part (recipe/checksums.py)
     bytes: int = 0
     sha256: str = ""
-    checksums: bytes = b""  # of its blocks, for ranks that read a part (recipe/checksums.py)
 
     @property
     def source_bytes(self) -> int:
