@@ -177,8 +177,8 @@ class Checkpoint:
                 view[low - start : high - start] = piece[low - begin : high - begin]
             if zlib.crc32(piece) != checksums[block]:
                 raise UserError(
-                    f"{stored.file}: is damaged at {name} (bytes {begin} to {stop} are not those that were written); "
-                    "run `make prepare` again"
+                    f"{stored.file}: is damaged (bytes {begin} to {stop} are not those that were written; found while "
+                    f"reading {name}); run `make prepare` again"
                 )
 
     def verify(self, name: str, start: int, end: int) -> None:

@@ -71,12 +71,12 @@ class Left:
     labelled: torch.Tensor
     tokens: int
 
-    def spread(self, scale: float) -> torch.Tensor:
-        """The gradient of all tokens' last states (tokens, hidden), scaled; what it was made from is let go."""
+    def spread(self) -> torch.Tensor:
+        """The gradient of all tokens' last states (tokens, hidden); what it was made from is let go."""
         gradient, self.gradient = self.gradient, None
         assert gradient is not None, "a loss goes backward once"
         grad = gradient.new_zeros(self.tokens, gradient.shape[1])
-        grad[self.labelled] = gradient.mul_(scale)
+        grad[self.labelled] = gradient
         return grad
 
 
@@ -140,8 +140,8 @@ class Engine:
             gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
         return losses.sum(), Left(step, gradient, labelled, len(x))
 
-    def _backward(self, scale: float, left: Left) -> None:
-        grad = left.spread(scale)
+    def _backward(self, scale: torch.Tensor, left: Left) -> None:
+        grad = left.spread()
         self.adapters.begin_backward()
         for i in reversed(range(len(self.placement.keep))):
             self.activations.fetch(i)
@@ -151,6 +151,8 @@ class Engine:
             sink = self.adapters.empty_gradient()
             grad = self.arithmetic.backward(grad, kept.pop("x"), kept, layer, left.step, sink)
             self.store.done()
+            # In fp32: fp16 would lose what a mean over many tokens leaves of a gradient.
+            sink.run.mul_(scale)
             self.adapters.add_gradient(i, sink)
         self.adapters.end_backward()
 
@@ -169,7 +171,6 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # A number, not a tensor: in fp16 a loss scale may be larger than the dtype can hold.
-        ctx.engine._backward(grads[0].item(), ctx.left)
+        ctx.engine._backward(grads[0], ctx.left)
         ctx.left = None
         return None, None, None, None

@@ -97,7 +97,6 @@ class LayerStore:
     def begin(self) -> None:
         """Before each forward: the optimizer may have changed the LoRA matrices, so what was gathered of them is old."""
         self._begun = self.streams.mark()
-        self._in_use = None  # where the forward before this one was interrupted
         self._in_use = None  # an interrupted pass may have left one
         for buffer in self._buffers:
             if buffer.adapters is not None:

@@ -423,12 +423,15 @@ def test_a_flipped_byte_is_found_by_the_rank_that_reads_it(flips, case):
     assert messages
     for message in messages:
         assert isinstance(message, str) and "\n" not in message
-        at = re.fullmatch(rf"{re.escape(str(file))}: is damaged at (\S+) \(bytes (\d+) to (\d+) .*", message)
+        at = re.fullmatch(
+            rf"{re.escape(str(file))}: is damaged \(bytes (\d+) to (\d+) .* while reading (\S+)\); .*",
+            message,
+        )
         assert at, message
-        block = range(int(at[2]), int(at[3]))
+        block = range(int(at[1]), int(at[2]))
         assert offset in block and len(block) <= BLOCK_BYTES
         # The tensor named is one that lies in the damaged block: the very one, where it fills the block.
-        start, end = place_of(file, at[1])
+        start, end = place_of(file, at[3])
         assert start < block.stop and end > block.start
     if case[0] == UP:
         assert len(messages) == 1 and UP in messages[0]
