@@ -1,3 +1,3 @@
-"""Fine-tune a 70B language model with FSDP2 and QLoRA on the GPUs that people own."""
+"""Fine-tune a 70B language model with QLoRA on the GPUs that people own."""
 
 __version__ = "0.1.0"

@@ -114,7 +114,7 @@ tags: [lora, qlora, nf4]
 
 # {run.name}
 
-LoRA adapters for {base["name"]}{revision}, trained by QLoRA (NF4 base, FSDP2) with recipe {__version__}.
+LoRA adapters for {base["name"]}{revision}, trained by QLoRA (NF4 base, sharded) with recipe {__version__}.
 
 ```python
 import torch

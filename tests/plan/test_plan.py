@@ -104,16 +104,19 @@ def test_a_sequence_of_32768_tokens_needs_host_ram_for_the_layers_inputs():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "placement", "measured_gib"),
+    ("model", "tokens", "placement", "measured_gib"),
     [
-        (8192, Placement(80, 48, 80, 0, mlp_chunk=2048, slots=1), 21.01),
-        (4096, Placement(80, 46, 80, 8, mlp_chunk=2048, slots=1), 21.87),
+        (LLAMA_70B, 8192, Placement(80, 48, 80, 0, mlp_chunk=2048, slots=1), 21.01),
+        (LLAMA_70B, 4096, Placement(80, 46, 80, 8, mlp_chunk=2048, slots=1), 21.87),
+        (LLAMA_70B, 4096, Placement(80, 46, 75, 0, mlp_chunk=4096, slots=1), 21.86),
+        (LLAMA_70B, 4096, Placement(80, 0, 0, 50), 77.03),
+        ("meta-llama/Llama-3.1-8B", 4096, Placement(32, 0, 0, 32), 17.37),
     ],
 )
-def test_the_peak_is_what_one_h100_measured(tokens, placement, measured_gib):
-    """torch's peak of allocated bytes, 70B shapes, bf16, one rank."""
-    run = settings(train={"micro_batch_tokens": tokens}, compute={"dtype": "bf16"})
-    parts = device_parts(shape_of(LLAMA_70B), run, 1, True, placement)
+def test_the_peak_is_what_one_h100_measured(model, tokens, placement, measured_gib):
+    """torch's peak of allocated bytes, true shapes, bf16, one rank (docs/benchmarks.md)."""
+    run = settings(model, train={"micro_batch_tokens": tokens}, compute={"dtype": "bf16"})
+    parts = device_parts(shape_of(model), run, 1, True, placement)
     planned = sum(part.gib for part in parts if part.name != "allocator slack")
     assert planned == pytest.approx(measured_gib, rel=0.03)
 
