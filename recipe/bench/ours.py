@@ -78,8 +78,7 @@ class Ours:
             spec.kernels,
         )
         self.engine: Any = self.model.engine
-        parameters = list(self.engine.adapters.parameters.values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.AdamW([self.engine.adapters.flat], lr=LEARNING_RATE, fused=True)
 
     def step(self, input_ids_row: torch.Tensor, document_lengths: list[int]) -> torch.Tensor:
         """Forward and backward of a micro-batch; the mean loss over this rank's labelled tokens."""

@@ -16,23 +16,12 @@ import torch
 
 from recipe.checksums import BLOCK_BYTES, block_checksums
 from recipe.errors import UserError
+from recipe.prepare.header import read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 VERIFY_BYTES = 8 * 2**20
-LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+PREPARE_AGAIN = "run `make prepare` again"
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Checkpoint:
                 else [SINGLE]
             )
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: is damaged, expected a weight_map; run `make prepare` again") from None
+            raise UserError(f"{index}: is damaged, expected a weight_map; {PREPARE_AGAIN}") from None
         for name in names:
             self._open(folder / name)
         self._constants: dict[str, list[str]] = {}
@@ -87,32 +76,13 @@ class Checkpoint:
         self._descriptors.clear()
 
     def _open(self, path: Path) -> None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-            self._descriptors[path] = descriptor
-            size = os.fstat(descriptor).st_size
-            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-            if not 0 < length <= min(LARGEST_HEADER, size - 8):
-                raise ValueError("no header")
-            header = json.loads(os.pread(descriptor, length, 8))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, end = (8 + length + offset for offset in entry["data_offsets"])
-                stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
-                if torch.Size(stored.shape).numel() * stored.dtype.itemsize != stored.nbytes:
-                    raise ValueError(f"{name} has {stored.nbytes} bytes for shape {list(stored.shape)}")
-                self.tensors[name] = stored
-            expected = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + length
-            if size != expected:
-                raise ValueError(f"has {size} bytes, expected {expected}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(
-                f"{path}: is missing, cut short or damaged ({reason}); run `make prepare` again"
-            ) from None
+        for tensor in read_header(path, PREPARE_AGAIN):
+            end = tensor.start + tensor.bytes
+            self.tensors[tensor.name] = Stored(path, tensor.dtype, tensor.shape, tensor.start, end)
+        self._descriptors[path] = os.open(path, os.O_RDONLY)
         checksums = block_checksums(path)
-        if checksums is not None and len(checksums) != -(-size // BLOCK_BYTES):
-            raise UserError(f"{path}: its checksums are of another file; run `make prepare` again")
+        if checksums is not None and len(checksums) != -(-self._size(path) // BLOCK_BYTES):
+            raise UserError(f"{path}: its checksums are of another file; {PREPARE_AGAIN}")
         self._checksums[path] = checksums
 
     def __contains__(self, name: str) -> bool:
@@ -178,7 +148,7 @@ class Checkpoint:
             if zlib.crc32(piece) != checksums[block]:
                 raise UserError(
                     f"{stored.file}: is damaged (bytes {begin} to {stop} are not those that were written; found while "
-                    f"reading {name}); run `make prepare` again"
+                    f"reading {name}); {PREPARE_AGAIN}"
                 )
 
     def verify(self, name: str, start: int, end: int) -> None:
@@ -197,5 +167,5 @@ class Checkpoint:
         while done < len(view):
             count = os.preadv(self._descriptors[file], [view[done:]], start + done)
             if count == 0:
-                raise UserError(f"{file}: ends at byte {start + done}; run `make prepare` again")
+                raise UserError(f"{file}: ends at byte {start + done}; {PREPARE_AGAIN}")
             done += count

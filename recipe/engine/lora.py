@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from recipe.plan.shapes import ModelShape
 from recipe.settings import Lora
 
+CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 # The linear layers that read the same input.
 GROUPS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -85,7 +86,9 @@ class Adapters:
         self.matrices = _matrices(shape, lora, self.world)
         self.size = sum(m.size for m in self.matrices)
         self.local_size = sum(m.chunk * m.columns for m in self.matrices)
-        self.masters = torch.zeros(shape.layers, self.local_size, device=device)
+        # All of a rank's masters in one tensor, which is what the optimizer gets: one kernel steps them all.
+        self.flat = nn.Parameter(torch.zeros(shape.layers, self.local_size, device=device))
+        self.masters = self.flat.detach()
         self.gradients = torch.zeros_like(self.masters)
         self.parameters: dict[tuple[int, str, str], nn.Parameter] = {}
         self._parameter_gradients: dict[tuple[int, str, str], DTensor] = {}
@@ -94,6 +97,7 @@ class Adapters:
                 key = (layer, m.module, m.kind)
                 self.parameters[key] = nn.Parameter(self._sharded(self.masters[layer], m))
                 self._parameter_gradients[key] = self._sharded(self.gradients[layer], m)
+        self._keys = {id(parameter): key for key, parameter in self.parameters.items()}
         self._pending: list[tuple[dist.Work, torch.Tensor, int]] = []
 
     def rows_of_rank(self, matrix: Matrix) -> tuple[int, int]:
@@ -106,6 +110,12 @@ class Adapters:
         return DTensor.from_local(
             local, self.mesh, [Shard(0)], run_check=False, shape=(m.rows, m.columns), stride=(m.columns, 1)
         )
+
+    def part_of(self, runs: torch.Tensor, parameter: nn.Parameter) -> DTensor:
+        """What of `runs` (layers, local), laid out as the masters are, belongs to a parameter: a view of it."""
+        layer, module, kind = self._keys[id(parameter)]
+        matrix = next(m for m in self.matrices if (m.module, m.kind) == (module, kind))
+        return self._sharded(runs[layer], matrix)
 
     # -- the way to a layer ---------------------------------------------------------------------------------------
 
@@ -146,8 +156,9 @@ class Adapters:
         """Gradients add up over micro-batches; they start at zero where the optimizer has let go of them."""
         while self._pending:  # what an interrupted backward has left
             self._pending.pop(0)[0].wait()
-        if next(iter(self.parameters.values())).grad is None:
+        if self.flat.grad is None or next(iter(self.parameters.values())).grad is None:
             self.gradients.zero_()
+            self.flat.grad = self.gradients
             for key, parameter in self.parameters.items():
                 parameter.grad = self._parameter_gradients[key]
 
@@ -164,6 +175,17 @@ class Adapters:
         self._pending.append((work, mine, layer))
         if len(self._pending) > 1:
             self._finish(self._pending.pop(0))
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients of all ranks to a norm of at most `max_norm`; the norm they had (a collective)."""
+        norm = torch.linalg.vector_norm(self.gradients)
+        if self.world > 1:
+            squares = norm.pow(2)
+            dist.all_reduce(squares, group=self.group)
+            norm = squares.sqrt()
+        if max_norm != float("inf"):
+            self.gradients.mul_((max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
+        return norm
 
     def end_backward(self) -> None:
         while self._pending:

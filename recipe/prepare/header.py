@@ -45,7 +45,10 @@ class Stored:
     bytes: int
 
 
-def read_header(file: Path) -> list[Stored]:
+FETCH_AGAIN = "fetch it again"
+
+
+def read_header(file: Path, remedy: str = FETCH_AGAIN) -> list[Stored]:
     """The tensors of a local file, in the order of their bytes. Raises UserError where it is cut short or damaged."""
     try:
         with open(file, "rb") as content:
@@ -53,9 +56,11 @@ def read_header(file: Path) -> list[Stored]:
             content.seek(0)
             raw = content.read(PREFIX_BYTES)
             raw += content.read(min(header_bytes(raw), LARGEST_HEADER))
+    except FileNotFoundError:
+        raise UserError(f"{file}: is missing; {remedy}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
-    return parse_header(raw, size, str(file))
+    return parse_header(raw, size, str(file), remedy)
 
 
 def header_bytes(prefix: bytes) -> int:
@@ -63,7 +68,7 @@ def header_bytes(prefix: bytes) -> int:
     return int.from_bytes(prefix[:PREFIX_BYTES], "little")
 
 
-def parse_header(raw: bytes, file_bytes: int, where: str) -> list[Stored]:
+def parse_header(raw: bytes, file_bytes: int, where: str, remedy: str = FETCH_AGAIN) -> list[Stored]:
     """The tensors that the first bytes of a file describe; `file_bytes` is the size that the whole file has.
 
     Raises UserError, opened by `where`, unless the tensors fill the file from the header to its end without a hole.
@@ -90,15 +95,15 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> list[Stored]:
             stored.append(Stored(name, dtype, shape, data + first, end - first))
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{where}: is cut short or damaged ({reason}); fetch it again") from None
+        raise UserError(f"{where}: is cut short or damaged ({reason}); {remedy}") from None
     stored.sort(key=lambda tensor: (tensor.start, tensor.bytes))
     end = data
     for tensor in stored:
         if tensor.start != end:
-            raise UserError(f"{where}: is damaged (a hole before {tensor.name}); fetch it again")
+            raise UserError(f"{where}: is damaged (a hole before {tensor.name}); {remedy}")
         end += tensor.bytes
     if end != file_bytes:
         raise UserError(
-            f"{where}: is cut short or damaged ({file_bytes:,} bytes, its header speaks of {end:,}); fetch it again"
+            f"{where}: is cut short or damaged ({file_bytes:,} bytes, its header speaks of {end:,}); {remedy}"
         )
     return stored

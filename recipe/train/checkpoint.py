@@ -11,17 +11,20 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of, write_json, write_text, written_aside
+
+if TYPE_CHECKING:
+    from recipe.engine.lora import Adapters
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -56,6 +59,7 @@ def gather_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def save(
     folder: Path,
     model: nn.Module,
+    runs: Adapters,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     trainer_state: str,
@@ -63,10 +67,11 @@ def save(
     """Write a checkpoint (a collective; rank 0 writes). `trainer_state` is transformers' own, as JSON."""
     adapters = gather_adapters(model)
     moments: dict[str, torch.Tensor] = {}
+    held = optimizer.state[runs.flat]
     for name, parameter in trained_parameters(model):
         for key in MOMENTS:
-            moments[f"{name}.{key}"] = gather(optimizer.state[parameter][key])
-        moments[f"{name}.step"] = optimizer.state[parameter]["step"].detach().cpu().reshape(1)
+            moments[f"{name}.{key}"] = gather(runs.part_of(held[key], parameter))
+    moments["step"] = held["step"].detach().cpu().reshape(1)
     random_states: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(random_states, _random_state())
     if dist.get_rank() == 0:
@@ -95,26 +100,16 @@ def load_parameters(folder: Path, model: nn.Module) -> None:
             _local(parameter).copy_(_slice(tensors, folder / ADAPTERS, name, parameter))
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(folder: Path, model: nn.Module, runs: Adapters, optimizer: torch.optim.Optimizer) -> None:
     """Each rank reads its own slice of AdamW's moments."""
     with _opened(folder / OPTIMIZER) as tensors:
-        for name, parameter in trained_parameters(model):
-            state: dict[str, Any] = {
-                "step": tensors.get_tensor(f"{name}.step")[0].to(_local(parameter).device)
-            }
-            for key in MOMENTS:
-                local = _slice(tensors, folder / OPTIMIZER, f"{name}.{key}", parameter).to(
-                    _local(parameter).device
-                )
-                state[key] = DTensor.from_local(
-                    local,
-                    parameter.device_mesh,
-                    [Shard(0)],
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-            optimizer.state[parameter] = state
+        state: dict[str, Any] = {"step": tensors.get_tensor("step")[0].to(runs.device)}
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(runs.masters)
+            for name, parameter in trained_parameters(model):
+                mine = _slice(tensors, folder / OPTIMIZER, f"{name}.{key}", parameter)
+                _local(runs.part_of(state[key], parameter)).copy_(mine)
+        optimizer.state[runs.flat] = state
 
 
 def load_random_state(folder: Path, rank: int) -> bool:

@@ -44,6 +44,35 @@ class ShardedSFTTrainer(SFTTrainer):
             return total / max(len(batch.targets), 1)
         return total * dist.get_world_size() / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
+    optimizer: Any  # accelerate's wrapper around what create_optimizer makes
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW over this rank's slice of all adapters as one tensor."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = torch.optim.AdamW(
+                [self.engine.adapters.flat],
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+                fused=True,
+            )
+        return self.optimizer
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        """Clip over all ranks. Gradients that are not finite (fp16 may overflow) are dropped, on all ranks alike."""
+        norm = self.engine.adapters.clip(self.args.max_grad_norm or float("inf"))
+        if not torch.isfinite(norm):
+            self.engine.adapters.gradients.zero_()
+            if self.is_world_process_zero():
+                step = self.state.global_step + 1
+                self.run.event("warning", f"step {step}: gradients overflowed and were dropped", step=step)
+        return norm
+
+    def _get_grad_norm(self, model, grad_norm=None) -> float:
+        return (self._clip_grad_norm(model) if grad_norm is None else grad_norm).item()
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss per token over the held-out rows (a collective). Draws no random numbers."""
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -73,7 +102,9 @@ class ShardedSFTTrainer(SFTTrainer):
         folder = self.run.checkpoint(self.state.global_step)
         state = {"step": self.state.global_step, "scheduler": self.lr_scheduler.state_dict()}
         trainer_state = json.dumps(dataclasses.asdict(self.state), sort_keys=True)
-        checkpoint.save(folder, self.model, self.optimizer.optimizer, state, trainer_state)
+        checkpoint.save(
+            folder, self.model, self.engine.adapters, self.optimizer.optimizer, state, trainer_state
+        )
         if self.is_world_process_zero():
             checkpoint.prune(self.run.folder, self.keep_checkpoints)
             self.run.event("checkpoint", f"saved {folder.name}", step=self.state.global_step)
@@ -85,7 +116,7 @@ class ShardedSFTTrainer(SFTTrainer):
         if checkpoint_folder is None:
             return
         folder = Path(checkpoint_folder)
-        checkpoint.load_optimizer(folder, self.model, self.optimizer.optimizer)
+        checkpoint.load_optimizer(folder, self.model, self.engine.adapters, self.optimizer.optimizer)
         self.lr_scheduler.load_state_dict(checkpoint.read_state(folder)["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -116,7 +147,7 @@ def training_arguments(settings: Settings, run: Run, world_size: int, dtype: tor
         seed=train.seed,
         data_seed=train.seed,
         bf16=False,  # the engine computes in bf16 and keeps fp32 masters: no autocast on top
-        fp16=dtype == torch.float16,  # for its loss scaling
+        fp16=False,  # its backward is that of the sum over tokens, scaled in fp32: it needs no loss scale
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         logging_nan_inf_filter=False,

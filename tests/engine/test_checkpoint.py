@@ -147,7 +147,7 @@ def whole(nf4_model):
 def cut_short(folder):
     file = weight_file(folder)
     file.write_bytes(file.read_bytes()[:-100])
-    return [file.name, "bytes, expected"]
+    return [file.name, "bytes, its header speaks of"]
 
 
 def empty(folder):

@@ -63,15 +63,15 @@ def test_every_byte_of_every_rank_is_in_its_place(folder, world):
 
 
 def adamw(model):
-    parameters = [parameter for _, parameter in checkpoint.trained_parameters(model)]
-    return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+    return torch.optim.AdamW([model.engine.adapters.flat], lr=1e-2, fused=True)
 
 
 def step(model, optimizer, mesh, seed):
     """An optimizer step with gradients that depend on the parameter and `seed`, not on the number of ranks."""
+    model.engine.adapters.begin_backward()
     for number, (_, parameter) in enumerate(checkpoint.trained_parameters(model)):
         whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + number))
-        parameter.grad = distribute_tensor(whole, mesh, [Shard(0)])
+        parameter.grad.to_local().copy_(distribute_tensor(whole, mesh, [Shard(0)]).to_local())
     optimizer.step()
     optimizer.zero_grad()
 
@@ -82,11 +82,14 @@ def adapters_of(model):
 
 
 def moments(model, optimizer):
-    return {
-        f"{name}.{key}": checkpoint.gather(optimizer.state[parameter][key]).clone()
+    adapters = model.engine.adapters
+    held = optimizer.state[adapters.flat]
+    found = {
+        f"{name}.{key}": checkpoint.gather(adapters.part_of(held[key], parameter)).clone()
         for name, parameter in checkpoint.trained_parameters(model)
-        for key in (*checkpoint.MOMENTS, "step")
+        for key in checkpoint.MOMENTS
     }
+    return found | {"step": held["step"].clone()}
 
 
 def train_and_save(mesh, folder, saved):
@@ -97,7 +100,9 @@ def train_and_save(mesh, folder, saved):
         step(model, optimizer, mesh, seed)
     torch.manual_seed(50 + mesh.get_local_rank())
     at_save = adapters_of(model), moments(model, optimizer)
-    checkpoint.save(saved, model, optimizer, {"step": 2}, json.dumps({"global_step": 2}))
+    checkpoint.save(
+        saved, model, model.engine.adapters, optimizer, {"step": 2}, json.dumps({"global_step": 2})
+    )
     drawn = torch.rand(4)
     step(model, optimizer, mesh, 3)
     return *at_save, drawn, adapters_of(model)
@@ -107,7 +112,7 @@ def resume(mesh, folder, saved):
     model = load(mesh, folder, seed=99)
     optimizer = adamw(model)
     checkpoint.load_parameters(saved, model)
-    checkpoint.load_optimizer(saved, model, optimizer)
+    checkpoint.load_optimizer(saved, model, model.engine.adapters, optimizer)
     at_save = adapters_of(model), moments(model, optimizer)
     had_random_state = checkpoint.load_random_state(saved, dist.get_rank())
     drawn = torch.rand(4) if had_random_state else None
