@@ -146,7 +146,7 @@ class Train:
 class Compute:
     dtype: str = option(
         "auto",
-        "auto: bf16 where the hardware has it, else fp16 with loss scaling; fp32 on CPUs",
+        "auto: bf16 where the hardware has it, else fp16; fp32 on CPUs",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     attention: str = option(

@@ -10,6 +10,7 @@ Each layer is filled, quantised and sharded before the next one exists, so that 
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,9 +22,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recipe.bench.spec import Spec
+from recipe.engine.random import random_config
 
 if TYPE_CHECKING:
     from recipe.bench.worker import Clock
@@ -60,23 +62,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def meta_model(spec: Spec, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' model on the meta device, its projections as bitsandbytes' NF4 linears; nothing trainable."""
     shape = spec.shape
-    config = AutoConfig.for_model(
-        shape.family,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        max_position_embeddings=131072,
-        attention_bias=shape.attention_bias,
-        tie_word_embeddings=False,  # embedding and head lie in different places below
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    # Embedding and head lie in different places below.
+    config = random_config(dataclasses.replace(shape, tied=False))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         for name, module in list(model.model.named_modules()):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -214,12 +215,9 @@ def read_layers(engine: Engine, model: PeftModel, checkpoint: Checkpoint, rank: 
         for name, module in MODULES.items():
             weight = f"{prefix}{module}.weight"
             store.constants[index][name] = _constants(checkpoint, weight, store, codes)
-        for name, parameter in layer.named_parameters():
-            if ".lora_" in name or (isinstance(_owner(layer, name), NF4Linear) and name.endswith("weight")):
-                continue
-            plain = name.replace(".base_layer", "")
-            value = checkpoint.read(prefix + plain, tuple(parameter.shape))
-            store.small[index][plain] = value.to(store.device, engine.adapters.dtype)
+        for name, shape in small_tensors(layer):
+            value = checkpoint.read(prefix + name, shape)
+            store.small[index][name] = value.to(store.device, engine.adapters.dtype)
     held = store.layout.of_rank(rank)
     staging = threading.local()
 
@@ -245,8 +243,13 @@ def read_layers(engine: Engine, model: PeftModel, checkpoint: Checkpoint, rank: 
             pass
 
 
-def _owner(layer: nn.Module, parameter: str) -> nn.Module:
-    return layer.get_submodule(parameter.rpartition(".")[0])
+def small_tensors(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names in the checkpoint and shapes of a decoder layer's norms and biases, which every rank holds whole."""
+    for name, parameter in layer.named_parameters():
+        frozen_matrix = isinstance(layer.get_submodule(name.rpartition(".")[0]), NF4Linear)
+        if ".lora_" in name or (frozen_matrix and name.endswith("weight")):
+            continue
+        yield name.replace(".base_layer", ""), tuple(parameter.shape)
 
 
 def _check_size(checkpoint: Checkpoint, name: str, expected: int) -> None:

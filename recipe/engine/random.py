@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.functional import create_dynamic_map
 from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import LlamaConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from recipe.engine.attention import attention_name
 from recipe.engine.layout import Constants
-from recipe.engine.load import make_engine, skeleton, start_adapters
+from recipe.engine.load import make_engine, skeleton, small_tensors, start_adapters
 from recipe.engine.memory import EmbeddingTable
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape
@@ -47,14 +48,12 @@ def random_model(
     deviation: of the weights and the head. Random weights as large as trained ones make a network that amplifies
     every rounding; a tenth of it leaves the residual stream near its input, and gradients can be compared.
     """
-    model = skeleton(llama_config(shape), lora, dtype, attention_name(attention))
+    model = skeleton(random_config(shape), lora, dtype, attention_name(attention))
     engine = make_engine(
         model, shape, lora, mesh, device, dtype, attention, placement, max_tokens, kernels, nested=True
     )
     generator = torch.Generator(device).manual_seed(seed + mesh.get_local_rank())
-    store = engine.store
-    from bitsandbytes.functional import create_dynamic_map
-
+    store, layers = engine.store, model.get_base_model().model.layers
     code = create_dynamic_map().to(device)
     held = store.layout.of_rank(mesh.get_local_rank())
     scratch = torch.empty(store.layout.slice_bytes, dtype=torch.uint8, device=device)
@@ -66,8 +65,9 @@ def random_model(
         shard.copy_(scratch)
         for name in store.layout.linears:
             store.constants[index][name] = Constants(code, deviation / NF4_DEVIATION)
-        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            store.small[index][name] = torch.ones(shape.hidden, device=device, dtype=dtype)
+        for name, size in small_tensors(layers[index]):
+            value = 0.0 if name.endswith("bias") else 1.0
+            store.small[index][name] = torch.full(size, value, device=device, dtype=dtype)
     engine.head.weight.normal_(0, deviation, generator=generator)
     engine.norm.fill_(1)
     engine.embedding = random_embedding(shape, mesh, device)
@@ -76,20 +76,25 @@ def random_model(
     return model
 
 
-def llama_config(shape: ModelShape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocab,
+def random_config(shape: ModelShape) -> PretrainedConfig:
+    """transformers' configuration of a shape, with the settings of Llama 3.1 where a shape says nothing."""
+    return AutoConfig.for_model(
+        shape.family,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
-        rope_theta=500000.0,
+        attention_bias=shape.attention_bias,
         tie_word_embeddings=shape.tied,
         use_cache=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
     )
 
 

@@ -82,7 +82,7 @@ def bf16(context: Context) -> Check:
     if wanted not in ("auto", "bf16"):
         return Check("bf16", "skip", f"compute.dtype is {wanted}", "")
     if wanted == "auto":
-        remedy = "nothing to do: fp16 with loss scaling is taken instead"
+        remedy = "nothing to do: fp16 is taken instead"
         return judged("bf16", not missing, found, "bf16, or fp16 in its place", remedy, otherwise="warn")
     return judged(
         "bf16", not missing, found, "bf16, as compute.dtype says", "set compute.dtype to auto or fp16"

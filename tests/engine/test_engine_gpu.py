@@ -99,7 +99,7 @@ def step(mesh, shape, dtype, starts, options=None, kernels="fused", lora=LORA, d
     engine.head.weight.copy_(head)
     tokens = batch(shape, starts, place)
     torch.manual_seed(6)  # of the masks
-    # Of the sum, not the mean: fp16 needs a loss scale, and GradScaler's is about the number of tokens.
+    # Of the sum: what the engine sends back, whatever scale comes from above.
     loss = engine.loss(tokens, training=True)
     loss.backward()
     gradients = {

@@ -140,7 +140,7 @@ BROKEN = {
         {"machine": {"gpus": [dataclasses.replace(CARD, name="RTX 2080", compute_capability=(7, 5))]}},
         "warn",
         "RTX 2080 has none",
-        "fp16 with loss scaling",
+        "fp16 is taken",
     ),
     "no bf16 but asked": (
         gpu.bf16,
