@@ -252,7 +252,6 @@ def test_memory_does_not_grow_with_tensors_shards_or_the_model(tmp_path):
     print(found)
     assert found["grown"] < 300 * 2**20  # 840 with one output shard in memory
     assert found["peak"] < 4 * 2**30
-    assert found["share"] >= 0.7
 
 
 def test_hashes_are_those_of_the_files(tmp_path):
