@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         self._descriptors: dict[Path, int] = {}
         self._checksums: dict[Path, Any] = {}
+        self._local = threading.local()
         index = folder / INDEX
         try:
             names = (
@@ -129,27 +131,41 @@ class Checkpoint:
         stored = self.stored(name)
         start = stored.start + offset
         view = memoryview(out.numpy())
-        checksums = self._checksums[stored.file]
-        if checksums is None:
+        if self._checksums[stored.file] is None:
             self._pread(stored.file, start, view)
             return
-        end = start + len(view)
-        first, last = start // BLOCK_BYTES, -(-end // BLOCK_BYTES)
-        for block in range(first, last):
-            begin, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self._size(stored.file))
-            if start <= begin and stop <= end:
-                piece = view[begin - start : stop - start]
-                self._pread(stored.file, begin, piece)
-            else:  # the slice ends within this block, which must be read whole to be checked
-                piece = memoryview(bytearray(stop - begin))
-                self._pread(stored.file, begin, piece)
+        end, size = start + len(view), self._size(stored.file)
+        inner, last = -(-start // BLOCK_BYTES), end // BLOCK_BYTES
+        if inner < last:  # whole blocks of the slice, at once
+            low, high = inner * BLOCK_BYTES, last * BLOCK_BYTES
+            self._pread(stored.file, low, view[low - start : high - start])
+        for block in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
+            begin, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)
+            if inner <= block < last:
+                self._check(stored.file, block, view[begin - start : stop - start], name)
+            else:  # the slice begins or ends within this block, which must be read whole to be checked
                 low, high = max(start, begin), min(end, stop)
+                piece = self._whole_block(stored.file, block, stop - begin, name)
                 view[low - start : high - start] = piece[low - begin : high - begin]
-            if zlib.crc32(piece) != checksums[block]:
-                raise UserError(
-                    f"{stored.file}: is damaged (bytes {begin} to {stop} are not those that were written; found while "
-                    f"reading {name}); {PREPARE_AGAIN}"
-                )
+
+    def _whole_block(self, file: Path, block: int, size: int, name: str) -> memoryview:
+        """A checked block; small tensors that lie in the same one read it once."""
+        last = getattr(self._local, "last", None)
+        if last is None or last[0] != (file, block):
+            piece = memoryview(bytearray(size))
+            self._pread(file, block * BLOCK_BYTES, piece)
+            self._check(file, block, piece, name)
+            last = self._local.last = ((file, block), piece)
+        return last[1]
+
+    def _check(self, file: Path, block: int, piece: memoryview, name: str) -> None:
+        checksums = self._checksums[file]
+        if checksums is not None and zlib.crc32(piece) != checksums[block]:
+            begin = block * BLOCK_BYTES
+            raise UserError(
+                f"{file}: is damaged (bytes {begin} to {begin + len(piece)} are not those that were written; found "
+                f"while reading {name}); {PREPARE_AGAIN}"
+            )
 
     def verify(self, name: str, start: int, end: int) -> None:
         """Compare bytes `start` to `end` of a tensor that is mapped rather than read with what was written."""
