@@ -189,6 +189,25 @@ def test_one_rank_and_two_ranks_train_alike(tmp_path):
         torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=0)
 
 
+def test_where_a_layer_lies_changes_no_byte(tmp_path):
+    """Offloaded and computed again, dropout on, on two ranks: the same adapters as with everything here and kept."""
+    steps, ended = 4, []
+    for name, placed in (
+        ("here", ["compute.keep_layers=2"]),
+        ("elsewhere", ["compute.offload_layers=2", "compute.keep_layers=0"]),
+    ):
+        config = make_place(tmp_path / name, steps, save_every=steps)
+        code, _, err = train(config, "run", *(word for text in placed for word in ("--set", text)))
+        assert code == 0, err
+        run = tmp_path / name / "runs" / "run"
+        ended.append((adapters(run, steps), [line["loss"] for line in jsonl(run / "metrics.jsonl")], err))
+    (here, losses, said), (elsewhere, same_losses, told) = ended
+    assert "0 of 2 layers offloaded, 2 keep their activations" in said
+    assert "2 of 2 layers offloaded, 0 keep their activations" in told
+    assert losses == same_losses and here.keys() == elsewhere.keys()
+    assert all(torch.equal(here[name], elsewhere[name]) for name in here)
+
+
 @pytest.mark.slow
 def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, runs, capsys):
     """Ctrl-C, SIGTERM, a rank killed, all killed, a damaged checkpoint: bit for bit the undisturbed run, dropout on."""
