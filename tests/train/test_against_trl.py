@@ -27,6 +27,7 @@ TOKENS = 192
 CONFIG = "recipe/configs/smollm2-135m.yaml"
 SETTINGS = {
     "lora.dropout": 0,
+    "train.learning_rate": 5e-4,
     "train.steps": STEPS,
     "train.global_batch_tokens": TOKENS,
     "train.micro_batch_tokens": TOKENS,
@@ -125,4 +126,4 @@ def test_the_loss_curve_is_that_of_stock_trl(ours):
     assert mine[-1] < 0.5 * mine[0]  # it learns, so that equal is not equally still
     apart = [abs(a - b) for a, b in zip(mine, theirs, strict=True)]
     print(json.dumps({"apart": max(apart), "first": mine[0], "last": mine[-1]}))
-    assert max(apart) < 1e-3, apart
+    assert max(apart) < 1e-3, apart  # 3.5e-5 was measured; more at a higher rate, which amplifies rounding
