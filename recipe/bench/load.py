@@ -23,18 +23,18 @@ from recipe.bench.ours import placement_of, settings_of
 from recipe.bench.sample import Sampler
 from recipe.bench.spec import GIB, TINY, Spec
 from recipe.checksums import BlockChecksums, sidecar
-from recipe.engine.attend import Documents
+from recipe.engine.attention import Documents
+from recipe.engine.build import Build
 from recipe.engine.checkpoint import INDEX
 from recipe.engine.engine import Batch, Engine
 from recipe.engine.layout import BLOCK, MODULES, NESTED_BLOCK
-from recipe.engine.load import load_sharded
+from recipe.engine.load import STATE, load_sharded
 from recipe.engine.random import DEVIATION, NF4_DEVIATION, random_config
 from recipe.files import require_space, write_bytes, write_json
 from recipe.plan.shapes import ModelShape, shape_of
 
 LAYERS_PER_FILE = 4
 REPEATED_BYTES = 64 * 2**20  # of randomness, written over and over
-STATE = "quant_state.bitsandbytes__nf4"
 
 
 def write_random_checkpoint(folder: Path, shape: ModelShape) -> None:
@@ -160,11 +160,18 @@ def measure(folder: Path, spec: Spec) -> dict:
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec.cap_gib * GIB / total), device)
     dtype = torch.bfloat16 if spec.on_gpu else torch.float32
     placement = placement_of(spec, settings, torch.cuda.get_device_name(device) if spec.on_gpu else None)
+    build = Build(
+        lora=settings.lora,
+        mesh=mesh,
+        device=device,
+        dtype=dtype,
+        attention="varlen" if spec.on_gpu else "sdpa",
+        placement=placement,
+        max_tokens=spec.tokens,
+    )
     started, before = time.perf_counter(), bytes_read()
     with Sampler(os.getpid(), []) as samples:
-        model = load_sharded(
-            folder, settings.lora, mesh, device, dtype, "varlen" if spec.on_gpu else "sdpa", 0, placement, spec.tokens
-        )  # fmt: skip
+        model = load_sharded(folder, build, seed=0)
         if spec.on_gpu:
             torch.cuda.synchronize()
         loaded, read = time.perf_counter(), bytes_read() - before

@@ -10,19 +10,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from recipe.bench.spec import Spec
-from recipe.engine.attend import Documents
+from recipe.engine.attention import Documents
+from recipe.engine.build import Build
 from recipe.engine.engine import Batch
 from recipe.engine.random import random_model
 from recipe.plan.budget import choose_placement
 from recipe.plan.cards import slowest_card
-from recipe.plan.memory import (
-    GIB,
-    compute_bytes,
-    device_parts,
-    host_parts,
-    outside_allocator,
-    total_gib,
-)
+from recipe.plan.memory import compute_bytes, device_parts, host_parts, outside_allocator
+from recipe.plan.parts import GIB, total_gib
 from recipe.plan.placement import Placement
 from recipe.settings import Settings, from_dict
 
@@ -65,18 +60,17 @@ class Ours:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         card = torch.cuda.get_device_name(device) if on_gpu else None
         self.placement = placement_of(spec, self.settings, card)
-        self.model = random_model(
-            spec.shape,
-            self.settings.lora,
-            mesh,
-            device,
-            dtype,
-            "varlen" if on_gpu else "sdpa",
-            spec.seed,
-            self.placement,
-            spec.tokens,
-            spec.kernels,
+        build = Build(
+            lora=self.settings.lora,
+            mesh=mesh,
+            device=device,
+            dtype=dtype,
+            attention="varlen" if on_gpu else "sdpa",
+            placement=self.placement,
+            max_tokens=spec.tokens,
+            kernels=spec.kernels,
         )
+        self.model = random_model(spec.shape, build, spec.seed)
         self.engine: Any = self.model.engine
         self.optimizer = torch.optim.AdamW([self.engine.adapters.flat], lr=LEARNING_RATE, fused=True)
 

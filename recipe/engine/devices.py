@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from recipe.errors import UserError
@@ -49,7 +47,7 @@ def attention_kind(settings: Settings, dtype: torch.dtype) -> str:
         torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
     )
     able = {
-        "varlen": on_gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "varlen": on_gpu,
         "sdpa": True,
     }
     if wanted == "auto":

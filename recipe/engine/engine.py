@@ -16,7 +16,7 @@ from torch import nn
 
 from recipe.engine import kernels
 from recipe.engine.activations import Activations
-from recipe.engine.attend import Documents
+from recipe.engine.attention import Documents
 from recipe.engine.head import VocabularyHead
 from recipe.engine.layer import Kept, Pass
 from recipe.engine.lora import Adapters, LoraView

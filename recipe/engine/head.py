@@ -11,14 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from recipe.engine.products import mm32
+from recipe.engine.rows import rows_of_rank, rows_per_rank
 
 LOGITS_BYTES = 256 * 2**20  # of the fp32 logits that exist at once on a rank
-
-
-def vocabulary_slice(vocab: int, world: int, rank: int) -> tuple[int, int]:
-    """The rows of the head that a rank holds; the last one may hold fewer."""
-    size = -(-vocab // world)
-    return min(rank * size, vocab), min((rank + 1) * size, vocab)
 
 
 class VocabularyHead:
@@ -27,8 +22,8 @@ class VocabularyHead:
     def __init__(self, weight: torch.Tensor, vocab: int, mesh: DeviceMesh, chunk: int | None = None):
         self.weight, self.vocab = weight, vocab
         self.world, self.group = mesh.size(), mesh.get_group()
-        self.first, self.last = vocabulary_slice(vocab, self.world, mesh.get_local_rank())
-        widest = max(1, -(-vocab // self.world))
+        self.first, self.last = rows_of_rank(vocab, self.world, mesh.get_local_rank())
+        widest = rows_per_rank(vocab, self.world)
         self.chunk = chunk or max(16, LOGITS_BYTES // (4 * widest * self.world) // 16 * 16)
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, backward: bool):

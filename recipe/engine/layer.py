@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from recipe.engine import kernels
-from recipe.engine.attend import Attended, Attention, Documents
+from recipe.engine.attention import Attended, Attention, Documents
 from recipe.engine.kernels import Dropout
 from recipe.engine.lora import LoraView
 from recipe.engine.products import mm32
@@ -35,8 +35,6 @@ class Pass:
 
 
 Kept = dict[str, torch.Tensor]
-# What a layer can keep of its forward besides its input, by name; `attention` comes with its softmax statistics.
-KEEP = ("qkv", "attention", "middle", "gate_up")
 
 
 class Workspace:

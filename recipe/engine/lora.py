@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from recipe.engine.rows import rows_of_rank, rows_per_rank
 from recipe.plan.shapes import ModelShape
 from recipe.settings import Lora
 
@@ -39,7 +40,15 @@ class Matrix:
     columns: int
     start: int
     local_start: int
-    chunk: int  # rows of a rank; the last ranks may hold fewer, or none
+    world: int
+
+    def rows_of(self, rank: int) -> tuple[int, int]:
+        return rows_of_rank(self.rows, self.world, rank)
+
+    @property
+    def local_size(self) -> int:
+        """Values that every rank has room for, whether it holds so many rows or fewer."""
+        return rows_per_rank(self.rows, self.world) * self.columns
 
     @property
     def size(self) -> int:
@@ -85,27 +94,23 @@ class Adapters:
         self.scale = lora.alpha / lora.rank
         self.matrices = _matrices(shape, lora, self.world)
         self.size = sum(m.size for m in self.matrices)
-        self.local_size = sum(m.chunk * m.columns for m in self.matrices)
+        self.local_size = sum(m.local_size for m in self.matrices)
         # All of a rank's masters in one tensor, which is what the optimizer gets: one kernel steps them all.
         self.flat = nn.Parameter(torch.zeros(shape.layers, self.local_size, device=device))
         self.masters = self.flat.detach()
         self.gradients = torch.zeros_like(self.masters)
-        self.parameters: dict[tuple[int, str, str], nn.Parameter] = {}
-        self._parameter_gradients: dict[tuple[int, str, str], DTensor] = {}
+        self.parameters: dict[tuple[int, str, str], nn.Parameter] = {}  # by layer, module and kind
+        self._places: dict[int, tuple[int, Matrix]] = {}  # by id of the parameter: its layer and matrix
         for layer in range(shape.layers):
             for m in self.matrices:
-                key = (layer, m.module, m.kind)
-                self.parameters[key] = nn.Parameter(self._sharded(self.masters[layer], m))
-                self._parameter_gradients[key] = self._sharded(self.gradients[layer], m)
-        self._keys = {id(parameter): key for key, parameter in self.parameters.items()}
+                parameter = nn.Parameter(self._sharded(self.masters[layer], m))
+                self.parameters[layer, m.module, m.kind] = parameter
+                self._places[id(parameter)] = layer, m
+        self._gradients_of = [(p, self.part_of(self.gradients, p)) for p in self.parameters.values()]
         self._pending: list[tuple[dist.Work, torch.Tensor, int]] = []
 
-    def rows_of_rank(self, matrix: Matrix) -> tuple[int, int]:
-        start = min(self.place * matrix.chunk, matrix.rows)
-        return start, min(start + matrix.chunk, matrix.rows)
-
     def _sharded(self, run: torch.Tensor, m: Matrix) -> DTensor:
-        start, end = self.rows_of_rank(m)
+        start, end = m.rows_of(self.place)
         local = run[m.local_start : m.local_start + (end - start) * m.columns].view(end - start, m.columns)
         return DTensor.from_local(
             local, self.mesh, [Shard(0)], run_check=False, shape=(m.rows, m.columns), stride=(m.columns, 1)
@@ -113,8 +118,7 @@ class Adapters:
 
     def part_of(self, runs: torch.Tensor, parameter: nn.Parameter) -> DTensor:
         """What of `runs` (layers, local), laid out as the masters are, belongs to a parameter: a view of it."""
-        layer, module, kind = self._keys[id(parameter)]
-        matrix = next(m for m in self.matrices if (m.module, m.kind) == (module, kind))
+        layer, matrix = self._places[id(parameter)]
         return self._sharded(runs[layer], matrix)
 
     # -- the way to a layer ---------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ class Adapters:
         """(rank, start and end in the whole run, place in the rank's run) of every matrix's rows."""
         for m in self.matrices:
             for rank in range(self.world):
-                first, last = min(rank * m.chunk, m.rows), min((rank + 1) * m.chunk, m.rows)
+                first, last = m.rows_of(rank)
                 if first < last:
                     yield rank, m.start + first * m.columns, m.start + last * m.columns, m.local_start
 
@@ -159,8 +163,8 @@ class Adapters:
         if self.flat.grad is None or next(iter(self.parameters.values())).grad is None:
             self.gradients.zero_()
             self.flat.grad = self.gradients
-            for key, parameter in self.parameters.items():
-                parameter.grad = self._parameter_gradients[key]
+            for parameter, gradient in self._gradients_of:
+                parameter.grad = gradient
 
     def add_gradient(self, layer: int, gradient: LoraView) -> None:
         """Add the mean over the ranks of a layer's whole gradients (fp32) to what this rank holds of them."""
@@ -207,8 +211,8 @@ def _matrices(shape: ModelShape, lora: Lora, world: int) -> list[Matrix]:
                     continue
                 outputs, inputs = shape.linears[module]
                 rows, columns = (lora.rank, inputs) if kind == "A" else (outputs, lora.rank)
-                chunk = -(-rows // world)
-                matrices.append(Matrix(module, kind, rows, columns, start, local_start, chunk))
-                start += rows * columns
-                local_start += chunk * columns
+                matrix = Matrix(module, kind, rows, columns, start, local_start, world)
+                matrices.append(matrix)
+                start += matrix.size
+                local_start += matrix.local_size
     return matrices

@@ -17,45 +17,30 @@ from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PretrainedConfig
 
-from recipe.engine.attention import attention_name
+from recipe.engine.build import Build, make_engine, small_tensors, start_adapters
 from recipe.engine.layout import Constants
-from recipe.engine.load import make_engine, skeleton, small_tensors, start_adapters
 from recipe.engine.memory import EmbeddingTable
-from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape
-from recipe.settings import Lora
 
 DEVIATION = 0.02
 NF4_DEVIATION = 0.59  # of NF4's sixteen values in equal shares
 CHUNK_ROWS = 8192
 
 
-def random_model(
-    shape: ModelShape,
-    lora: Lora,
-    mesh: DeviceMesh,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    seed: int,
-    placement: Placement,
-    max_tokens: int,
-    kernels: str = "fused",
-    deviation: float = DEVIATION,
-) -> PeftModel:
+def random_model(shape: ModelShape, build: Build, seed: int, deviation: float = DEVIATION) -> PeftModel:
     """As recipe.engine.load.load_sharded, without a checkpoint; B is random too, so that no gradient is zero.
 
     deviation: of the weights and the head. Random weights as large as trained ones make a network that amplifies
     every rounding; a tenth of it leaves the residual stream near its input, and gradients can be compared.
     """
-    model = skeleton(random_config(shape), lora, dtype, attention_name(attention))
-    engine = make_engine(
-        model, shape, lora, mesh, device, dtype, attention, placement, max_tokens, kernels, nested=True
-    )
-    generator = torch.Generator(device).manual_seed(seed + mesh.get_local_rank())
+    device, dtype = build.device, build.dtype
+    embedding = random_embedding(shape, build.mesh, device)
+    model = make_engine(random_config(shape), shape, build, nested=True, embedding=embedding)
+    engine = model.engine
+    generator = torch.Generator(device).manual_seed(seed + build.rank)
     store, layers = engine.store, model.get_base_model().model.layers
     code = create_dynamic_map().to(device)
-    held = store.layout.of_rank(mesh.get_local_rank())
+    held = store.layout.of_rank(build.rank)
     scratch = torch.empty(store.layout.slice_bytes, dtype=torch.uint8, device=device)
     for index, shard in enumerate(store.shards):
         scratch.random_(0, 256, generator=generator)
@@ -70,7 +55,6 @@ def random_model(
             store.small[index][name] = torch.full(size, value, device=device, dtype=dtype)
     engine.head.weight.normal_(0, deviation, generator=generator)
     engine.norm.fill_(1)
-    engine.embedding = random_embedding(shape, mesh, device)
     start_adapters(engine.adapters, seed)
     engine.adapters.masters.add_(torch.randn(engine.adapters.masters.shape, device=device) * 1e-3)
     return model

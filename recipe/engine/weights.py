@@ -6,7 +6,7 @@ while one layer computes, the next one is copied from the host and gathered from
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,9 @@ BUFFERS = 2
 class Buffer:
     """Room for one gathered layer; `layer` is whose bytes are in it or under way."""
 
-    run: torch.Tensor
-    staging: torch.Tensor | None
-    adapters: (
-        torch.Tensor | None
-    )  # (world * local,) in the compute dtype; None where this rank holds them whole
+    run: torch.Tensor  # (layout.size,) uint8
+    staging: torch.Tensor | None  # a slice on its way from the host to the other ranks
+    adapters: torch.Tensor | None  # (world * local,) in the compute dtype; None for a single rank
     layer: int | None = None
     ready: Any = None
     free: Any = None
@@ -49,36 +47,33 @@ class LayerView:
         return self.layout.weight(self.run, name, self.constants[name])
 
 
-@dataclass
 class LayerStore:
-    """All decoder layers of a rank.
+    """All decoder layers of a rank; filled by recipe.engine.load.
 
-    shards: (slice_bytes,) uint8 of each layer, filled by recipe.engine.load
+    shards: (slice_bytes,) uint8 of each layer, on the device or in host RAM
     constants, small: what every rank holds whole of each layer (some KiB)
     """
 
-    layout: Layout
-    adapters: Adapters
-    device: torch.device
-    offloaded: tuple[bool, ...]
-    streams: Streams
-    shards: list[torch.Tensor] = field(default_factory=list)
-    constants: list[dict[str, Constants]] = field(default_factory=list)
-    small: list[dict[str, torch.Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        world, size = self.layout.world, self.layout.slice_bytes
-        self.pool = HostPool(
-            size * sum(self.offloaded), self.device, f"{sum(self.offloaded)} offloaded layers"
-        )
+    def __init__(
+        self,
+        layout: Layout,
+        adapters: Adapters,
+        device: torch.device,
+        offloaded: tuple[bool, ...],
+        streams: Streams,
+    ):
+        self.layout, self.adapters, self.device = layout, adapters, device
+        self.offloaded, self.streams = offloaded, streams
+        world, size = layout.world, layout.slice_bytes
+        self.pool = HostPool(size * sum(offloaded), device, f"{sum(offloaded)} offloaded layers")
         self.shards = [
-            self.pool.take(size) if off else torch.empty(size, dtype=torch.uint8, device=self.device)
-            for off in self.offloaded
+            self.pool.take(size) if off else torch.empty(size, dtype=torch.uint8, device=device)
+            for off in offloaded
         ]
-        self.constants = [{} for _ in self.offloaded]
-        self.small = [{} for _ in self.offloaded]
+        self.constants: list[dict[str, Constants]] = [{} for _ in offloaded]
+        self.small: list[dict[str, torch.Tensor]] = [{} for _ in offloaded]
         # The layers that pass through a buffer.
-        self.travelling = [i for i, off in enumerate(self.offloaded) if off or world > 1]
+        self.travelling = [i for i, off in enumerate(offloaded) if off or world > 1]
         self._buffers = [self._buffer() for _ in range(min(BUFFERS, len(self.travelling)))]
         self._in_use: Buffer | None = None
         self._begun: Any = None

@@ -56,7 +56,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _write_config(run: Run, manifest: dict[str, Any], folder: Path) -> None:
-    from recipe.engine.load import peft_config
+    from recipe.engine.build import peft_config
     from recipe.train.data import load_tokenizer
 
     settings = run.settings()

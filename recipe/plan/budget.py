@@ -150,7 +150,7 @@ def make_plan(
         device_parts=device,
         outside_parts=memory.outside_allocator(world_size) if on_gpu else [],
         host_parts=memory.host_parts(shape, settings, device, world_size, on_gpu, placement),
-        prepare_gib=0.0 if ready else memory.prepare_gib(shape, on_gpu),
+        prepare_gib=0.0 if ready else memory.prepare_gib(on_gpu),
         model_disk_parts=model_disk,
         run_disk_parts=run_disk,
         on_disk_gib=_size_gib(prepared) if ready and prepared else 0.0,

@@ -32,18 +32,6 @@ class Placement:
     mlp_chunk: int = MLP_CHUNK
     slots: int = MLP_SLOTS
 
-    @classmethod
-    def of(
-        cls,
-        layers: int,
-        offload: int = 0,
-        away: int = 0,
-        keep: int = 0,
-        mlp_chunk: int = MLP_CHUNK,
-        slots: int = MLP_SLOTS,
-    ) -> Placement:
-        return cls(layers, offload, away, keep, mlp_chunk, slots)
-
     @property
     def offloaded(self) -> tuple[bool, ...]:
         """Spread evenly, so that copies have the time of the layers between."""

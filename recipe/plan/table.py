@@ -64,7 +64,7 @@ def _host(plan: Plan) -> list[str]:
         plan.ram_gib,
     )
     if plan.prepare_gib:
-        lines.append(_row("prepare, before", plan.prepare_gib, "quantises a tensor at a time"))
+        lines.append(_row("prepare, before", plan.prepare_gib, "quantises a piece at a time"))
     return lines
 
 

@@ -104,26 +104,17 @@ def state_of(
     absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, quantization: Quantization
 ) -> dict[str, torch.Tensor]:
     """Second level, once for the whole tensor: its constants by suffix, on the CPU, the JSON among them."""
-    code = get_4bit_type(quantization.type, device=absmax.device)
-    state = QuantState(
-        absmax=absmax,
-        shape=torch.Size(shape),
-        dtype=dtype,
-        blocksize=BLOCK,
-        code=code,
-        quant_type=quantization.type,
-    )
+    common = {
+        "shape": torch.Size(shape),
+        "dtype": dtype,
+        "blocksize": BLOCK,
+        "code": get_4bit_type(quantization.type, device=absmax.device),
+        "quant_type": quantization.type,
+    }
     if quantization.double_quant:
         offset = absmax.mean()
         codes, second = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        state = QuantState(
-            absmax=codes,
-            shape=torch.Size(shape),
-            dtype=dtype,
-            blocksize=BLOCK,
-            code=code,
-            quant_type=quantization.type,
-            offset=offset,
-            state2=second,
-        )
+        state = QuantState(absmax=codes, offset=offset, state2=second, **common)
+    else:
+        state = QuantState(absmax=absmax, **common)
     return {name: part.detach().cpu().contiguous() for name, part in state.as_dict(packed=True).items()}

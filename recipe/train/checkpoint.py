@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from recipe.engine.rows import rows_of_rank
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of, write_json, write_text, written_aside
 
@@ -196,9 +197,6 @@ def _slice(tensors, path: Path, name: str, parameter: torch.Tensor) -> torch.Ten
         )
     if not isinstance(parameter, DTensor):
         return piece[:]
-    from recipe.engine.load import (
-        local_range,
-    )  # brings PEFT: three seconds that the launching process can do without
-
-    start, end = local_range(parameter.shape[0], parameter.device_mesh)
+    mesh = parameter.device_mesh
+    start, end = rows_of_rank(parameter.shape[0], mesh.size(), mesh.get_local_rank())
     return piece[start:end]

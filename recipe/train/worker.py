@@ -23,12 +23,14 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import set_seed
 
+from recipe.engine.build import Build
 from recipe.engine.devices import attention_kind, compute_device, compute_dtype, set_accumulation
 from recipe.engine.load import load_sharded
 from recipe.errors import Refused, UserError
 from recipe.files import read_json, write_json
 from recipe.plan.budget import GPU_SPARE_GIB
-from recipe.plan.memory import GIB, layer_bytes
+from recipe.plan.memory import layer_bytes
+from recipe.plan.parts import GIB
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import Settings
@@ -84,18 +86,17 @@ def train(run: Run, placement: Placement, resume: Path | None) -> None:
     model_folder = Path(read_json(run.manifest)["model"]["folder"])
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
     set_accumulation(settings, dtype)
-    model = load_sharded(
-        model_folder,
-        settings.lora,
-        mesh,
-        device,
-        dtype,
-        kind,
-        settings.train.seed,
-        placement,
-        settings.micro_batch_tokens,
-        settings.compute.kernels,
+    build = Build(
+        lora=settings.lora,
+        mesh=mesh,
+        device=device,
+        dtype=dtype,
+        attention=kind,
+        placement=placement,
+        max_tokens=settings.micro_batch_tokens,
+        kernels=settings.compute.kernels,
     )
+    model = load_sharded(model_folder, build, settings.train.seed)
     tokenizer = load_tokenizer(model_folder, settings.data)
     train_rows, held_out = (
         Dataset.load_from_disk(str(run.folder / "data" / name)) for name in ("train", "held_out")

@@ -19,8 +19,9 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from recipe.engine.build import Build, peft_config
 from recipe.engine.engine import Batch
-from recipe.engine.load import load_sharded, peft_config
+from recipe.engine.load import load_sharded
 from recipe.export.plain import load_plain
 from recipe.plan.placement import Placement
 from recipe.settings import PROJECTIONS, Lora
@@ -130,7 +131,7 @@ def plain_steps(folder: Path) -> SimpleNamespace:
 def sharded_model(
     mesh, folder: Path, placement: Placement, kernels: str = "fused", lora: Lora = LORA, dtype=torch.float32
 ) -> nn.Module:
-    return load_sharded(folder, lora, mesh, CPU, dtype, "sdpa", SEED, placement, LONGEST, kernels)
+    return load_sharded(folder, Build(lora, mesh, CPU, dtype, "sdpa", placement, LONGEST, kernels), SEED)
 
 
 def set_adapters(model: nn.Module, mesh) -> None:

@@ -104,7 +104,7 @@ def read_so_far() -> int:
 
 
 def bytes_read(mesh, folder, block_bytes):
-    sharded_model(mesh, folder, Placement.of(LAYERS))  # what Python itself reads at the first use
+    sharded_model(mesh, folder, Placement(LAYERS))  # what Python itself reads at the first use
     before = read_so_far()
     with (
         mock.patch.object(checksums, "BLOCK_BYTES", block_bytes),
@@ -117,7 +117,7 @@ def bytes_read(mesh, folder, block_bytes):
             before += file.stat().st_size
             sidecar(file).write_bytes(collected.to_bytes())
         torch.distributed.barrier()
-        sharded_model(mesh, folder, Placement.of(LAYERS))
+        sharded_model(mesh, folder, Placement(LAYERS))
         return read_so_far() - before
 
 
@@ -329,7 +329,7 @@ def errors_of(mesh, folders):
     found: list[str | Exception | None] = []
     for folder in folders:
         try:
-            sharded_model(mesh, folder, Placement.of(LAYERS))
+            sharded_model(mesh, folder, Placement(LAYERS))
             found.append(None)
         except UserError as error:
             found.append(str(error))

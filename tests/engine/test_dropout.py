@@ -43,10 +43,10 @@ LORA = Lora(rank=4, alpha=8, dropout=RATE)
 SEED = 11
 PLACEMENTS: dict[str, dict[str, int]] = {
     "resident": {},
-    "one offloaded": {"offload": 1},
-    "all offloaded": {"offload": 4, "away": 4, "slots": 1},
-    "all kept": {"keep": 4},
-    "kept away, chunks": {"offload": 2, "away": 2, "keep": 3, "mlp_chunk": 7},
+    "one offloaded": {"offload_layers": 1},
+    "all offloaded": {"offload_layers": 4, "away_layers": 4, "slots": 1},
+    "all kept": {"keep_layers": 4},
+    "kept away, chunks": {"offload_layers": 2, "away_layers": 2, "keep_layers": 3, "mlp_chunk": 7},
     "chunk of one": {"mlp_chunk": 1, "slots": 2},
 }
 
@@ -58,7 +58,7 @@ def folder(nf4_model):
 
 def step(mesh, folder, placement, kernels="fused", lora=LORA, shift=None):
     """Loss and gradients of this rank's rows from one seed per rank; `shift` moves the adapters by so much of it."""
-    model = sharded_model(mesh, folder, Placement.of(LAYERS, **placement), kernels, lora)
+    model = sharded_model(mesh, folder, Placement(LAYERS, **placement), kernels, lora)
     set_adapters(model, mesh)
     if shift is not None:
         with torch.no_grad():
@@ -200,7 +200,7 @@ def dropouts_of(mesh, folder):
         noted[-1].append(None if dropout is None else (dropout.probability, dropout.key))
         return original(x, a, dropout, row0)
 
-    model = sharded_model(mesh, folder, Placement.of(LAYERS), lora=LORA)
+    model = sharded_model(mesh, folder, Placement(LAYERS), lora=LORA)
     set_adapters(model, mesh)
     torch.manual_seed(SEED + mesh.get_local_rank())
     losses = []

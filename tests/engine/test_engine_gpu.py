@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from recipe.engine.build import Build
 from recipe.engine.engine import Batch
 from recipe.engine.random import random_model
 from recipe.plan.placement import Placement
@@ -29,12 +30,18 @@ LORA = Lora(rank=16, alpha=16, dropout=0.0)
 DROPPED = dataclasses.replace(LORA, dropout=0.05)
 DOCUMENTS = {"varlen": [0, 700, 701, 2048], "cudnn": [0, 1024, 2048]}  # by the kernel that they call for
 PLACEMENTS: dict[str, dict[str, int]] = {
-    "offloaded": {"offload": 2},
-    "one offloaded, slots 1": {"offload": 1, "slots": 1},
-    "all kept": {"keep": 2},
-    "kept on the host": {"offload": 1, "away": 2, "keep": 2},
+    "offloaded": {"offload_layers": 2},
+    "one offloaded, slots 1": {"offload_layers": 1, "slots": 1},
+    "all kept": {"keep_layers": 2},
+    "kept on the host": {"offload_layers": 1, "away_layers": 2, "keep_layers": 2},
     "chunks": {"mlp_chunk": 512},
-    "odd chunks, everything": {"offload": 2, "away": 1, "keep": 1, "mlp_chunk": 600, "slots": 2},
+    "odd chunks, everything": {
+        "offload_layers": 2,
+        "away_layers": 1,
+        "keep_layers": 1,
+        "mlp_chunk": 600,
+        "slots": 2,
+    },
 }
 # A chunk gives a matrix product other rows, and cuBLAS another order of its sums: half a unit in the last place of
 # some elements. All else is the same arithmetic; attention's backward adds up in any order.
@@ -88,11 +95,10 @@ def step(mesh, shape, dtype, starts, options=None, kernels="fused", lora=LORA, d
     place = torch.device(device)
     attention = "varlen" if place.type == "cuda" and dtype != torch.float32 else "sdpa"
     torch.manual_seed(5)  # of the embedding and the adapters
-    placement = Placement.of(shape.layers, **{"mlp_chunk": starts[-1], **(options or {})})
+    placement = Placement(shape.layers, **{"mlp_chunk": starts[-1], **(options or {})})
     deviation = DEVIATION[shape]
-    model = random_model(
-        shape, lora, mesh(place), place, dtype, attention, 1, placement, starts[-1], kernels, deviation
-    )
+    build = Build(lora, mesh(place), place, dtype, attention, placement, starts[-1], kernels)
+    model = random_model(shape, build, seed=1, deviation=deviation)
     engine = model.engine
     generator = torch.Generator(place).manual_seed(2)
     head = torch.randn(engine.head.weight.shape, device=place, generator=generator) * deviation

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from recipe.engine.build import Build
 from recipe.engine.load import load_sharded
 from recipe.errors import UserError
 from recipe.plan.placement import Placement
@@ -30,8 +31,9 @@ def folder(nf4_model):
 
 
 def load(mesh, folder, seed=0, lora=LORA):
-    placement = Placement.of(2, offload=1)
-    return load_sharded(folder, lora, mesh, torch.device("cpu"), torch.float32, "sdpa", seed, placement, 64)
+    placement = Placement(2, offload_layers=1)
+    build = Build(lora, mesh, torch.device("cpu"), torch.float32, "sdpa", placement, max_tokens=64)
+    return load_sharded(folder, build, seed)
 
 
 def pattern(rank, number, count):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recipe.engine.head import VocabularyHead, vocabulary_slice
+from recipe.engine.head import VocabularyHead
+from recipe.engine.rows import rows_of_rank
 from tests.models import run_ranks
 
 HIDDEN = 24
@@ -35,7 +36,7 @@ def data(name, rank, world):
     if name == "extreme logits":
         hidden *= LARGEST_LOGIT / (hidden @ weight.t()).abs().max()
     targets = torch.randint(vocab, (tokens[rank],), generator=generator)
-    slices = [vocabulary_slice(vocab, world, place) for place in range(world)]
+    slices = [rows_of_rank(vocab, world, place) for place in range(world)]
     borders = [word for first, last in slices for word in (first, last - 1) if first < last]
     count = min(len(borders), len(targets))
     targets[:count] = torch.tensor(borders[:count], dtype=targets.dtype)
@@ -47,7 +48,7 @@ def losses_and_gradients(mesh, dtype):
     found = {}
     for name, (vocab, _, chunk) in CASES.items():
         weight, hidden, targets = data(name, rank, world)
-        first, last = vocabulary_slice(vocab, world, rank)
+        first, last = rows_of_rank(vocab, world, rank)
         head = VocabularyHead(weight[first:last].to(dtype), vocab, mesh, chunk)
         losses, gradient = head.loss(hidden.to(dtype), targets, backward=True)
         alone, nothing = head.loss(hidden.to(dtype), targets, backward=False)
@@ -110,7 +111,7 @@ def test_bf16_is_off_by_its_rounding():
 
 @pytest.mark.parametrize(("vocab", "world"), [(1, 1), (5, 3), (4, 3), (128256, 7), (2, 5)])
 def test_slices_cover_the_vocabulary_once(vocab, world):
-    slices = [vocabulary_slice(vocab, world, rank) for rank in range(world)]
+    slices = [rows_of_rank(vocab, world, rank) for rank in range(world)]
     assert [word for first, last in slices for word in range(first, last)] == list(range(vocab))
 
 
@@ -122,7 +123,7 @@ def test_the_chunk_of_a_70b_head_bounds_the_logits():
 
     for world in (1, 2, 4, 8):
         mesh = SimpleNamespace(size=lambda w=world: w, get_group=lambda: None, get_local_rank=lambda: 0)
-        first, last = vocabulary_slice(128256, world, 0)
+        first, last = rows_of_rank(128256, world, 0)
         head = VocabularyHead(torch.empty(last - first, 1), 128256, mesh)
         assert head.chunk >= 16
         assert head.chunk * world * (last - first) * 4 <= LOGITS_BYTES

@@ -85,9 +85,9 @@ def refusals(mesh, folder):
     said: list[str | None] = []
     no_memory = SimpleNamespace(available=SPARE_BYTES)
     with mock.patch.object(memory.psutil, "virtual_memory", lambda: no_memory):
-        for options in ({}, {"offload": 1}, {"away": 1}):
+        for options in ({}, {"offload_layers": 1}, {"away_layers": 1}):
             try:
-                sharded_model(mesh, folder, Placement.of(LAYERS, **options))
+                sharded_model(mesh, folder, Placement(LAYERS, **options))
                 said.append(None)
             except Refused as refused:
                 said.append(str(refused))
@@ -102,17 +102,17 @@ def test_loading_is_refused_only_where_a_placement_needs_the_host(nf4_model):
 
 
 def pools(mesh, folder, options):
-    engine = sharded_model(mesh, folder, Placement.of(LAYERS, **options)).engine
+    engine = sharded_model(mesh, folder, Placement(LAYERS, **options)).engine
     return engine.store.pool.nbytes, engine.store.layout.slice_bytes, engine.activations.pool.nbytes
 
 
 def test_pools_are_as_large_as_the_placement_says(nf4_model):
     folder = nf4_model(num_hidden_layers=LAYERS)
     shape = shape_from_config(read_config(folder / "config.json"), "config.json")
-    placement = {"offload": 3, "away": 3, "keep": 2}
+    placement = {"offload_layers": 3, "away_layers": 3, "keep_layers": 2}
     for weights, slice_bytes, activations in run_ranks(2, pools, folder, placement):
         assert weights == 3 * slice_bytes
-        kept = [kept_bytes(shape, keep, LONGEST, 4) for keep in Placement.of(LAYERS, **placement).keep[:3]]
+        kept = [kept_bytes(shape, keep, LONGEST, 4) for keep in Placement(LAYERS, **placement).keep[:3]]
         assert activations == sum(kept)
 
 
@@ -152,7 +152,7 @@ def test_its_pages_belong_to_the_file_not_to_the_process(tmp_path):
 
 
 def looked_up(mesh, folder):
-    engine = sharded_model(mesh, folder, Placement.of(LAYERS)).engine
+    engine = sharded_model(mesh, folder, Placement(LAYERS)).engine
     return engine.embedding.lookup(torch.arange(512), CPU, torch.float32)
 
 

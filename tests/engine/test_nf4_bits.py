@@ -63,7 +63,7 @@ def seen_by_the_layers(mesh, cases):
 
 
 def seen(mesh, folder, dtype, offload, kernels):
-    model = sharded_model(mesh, folder, Placement.of(LAYERS, offload=offload), kernels, dtype=dtype)
+    model = sharded_model(mesh, folder, Placement(LAYERS, offload_layers=offload), kernels, dtype=dtype)
     arithmetic, noted = model.engine.arithmetic, {}
 
     def noting(way, position):

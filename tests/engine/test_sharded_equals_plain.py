@@ -18,13 +18,13 @@ from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 
 from recipe.engine import load, lora
-from recipe.engine.attend import Documents
+from recipe.engine.attention import Documents
+from recipe.engine.build import initial_lora, peft_config
 from recipe.engine.checkpoint import Checkpoint
 from recipe.engine.engine import Batch
-from recipe.engine.head import vocabulary_slice
 from recipe.engine.layout import Layout
-from recipe.engine.load import initial_lora, peft_config
 from recipe.engine.lora import Adapters
+from recipe.engine.rows import rows_of_rank
 from recipe.engine.weights import LayerStore
 from recipe.export.plain import load_plain
 from recipe.plan.placement import Placement
@@ -65,10 +65,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PLACEMENTS: dict[str, dict[str, int]] = {
     "resident": {},
-    "some of all": {"offload": 2, "away": 2, "keep": 2, "mlp_chunk": 7},
-    "all offloaded": {"offload": 4, "away": 4, "keep": 4, "slots": 1},
-    "all kept here": {"keep": 4, "mlp_chunk": 7, "slots": 1},
-    "inputs away": {"offload": 3, "away": 4, "slots": 1},
+    "some of all": {"offload_layers": 2, "away_layers": 2, "keep_layers": 2, "mlp_chunk": 7},
+    "all offloaded": {"offload_layers": 4, "away_layers": 4, "keep_layers": 4, "slots": 1},
+    "all kept here": {"keep_layers": 4, "mlp_chunk": 7, "slots": 1},
+    "inputs away": {"offload_layers": 3, "away_layers": 4, "slots": 1},
 }
 FEW = ("resident", "some of all")
 # (model, placements of the fused kernels, placements of the plain ones)
@@ -122,7 +122,7 @@ def sharded(folder_of):
 
 
 def steps_of_cases(mesh, folder, cases):
-    model = sharded_model(mesh, folder, Placement.of(LAYERS, offload=1))
+    model = sharded_model(mesh, folder, Placement(LAYERS, offload_layers=1))
     found = {"start": gather_adapters(model), "bytes": bytes_of_weights(model)}
     return found | {case: steps_and_memory(mesh, folder, *case) for case in cases}
 
@@ -145,7 +145,7 @@ def bytes_of_weights(model):
 
 
 def steps_and_memory(mesh, folder, kernels, placement):
-    model = sharded_model(mesh, folder, Placement.of(LAYERS, **PLACEMENTS[placement]), kernels)
+    model = sharded_model(mesh, folder, Placement(LAYERS, **PLACEMENTS[placement]), kernels)
     store = model.engine.store
     memory = SimpleNamespace(
         shards=[shard.clone() for shard in store.shards],
@@ -192,7 +192,7 @@ def test_the_window_is_smaller_than_a_document_and_matters(plain, folder_of):
 
 def losses_one_by_one(mesh, folder):
     """The loss of each packed row, and of its documents alone, without gradients."""
-    model = sharded_model(mesh, folder, Placement.of(LAYERS))
+    model = sharded_model(mesh, folder, Placement(LAYERS))
     set_adapters(model, mesh)
 
     def loss(input_ids, labels, seq_lengths):
@@ -232,17 +232,17 @@ def test_a_rank_holds_its_slice_of_every_layer_and_no_more(sharded, folder_of, m
                 for piece in layout.pieces.values():
                     stored = checkpoint.read(f"model.layers.{layer}.{piece.key}").view(-1).view(torch.uint8)
                     assert torch.equal(run[piece.start : piece.end], stored)
-        offloaded = PLACEMENTS[placement].get("offload", 0)
+        offloaded = PLACEMENTS[placement].get("offload_layers", 0)
         for place, rank in enumerate(ranks):
             assert [len(shard) for shard in rank.shards] == [layout.slice_bytes] * LAYERS
             assert rank.pool == offloaded * layout.slice_bytes
-            assert rank.in_pool == list(Placement.of(LAYERS, offload=offloaded).offloaded)
+            assert rank.in_pool == list(Placement(LAYERS, offload_layers=offloaded).offloaded)
             # Whole layers exist in two buffers, only while they pass through.
             travelling = offloaded if world == 1 else LAYERS
             assert rank.buffers == [layout.size] * min(2, travelling)
-            assert (rank.activations > 0) == ("away" in PLACEMENTS[placement])
+            assert (rank.activations > 0) == ("away_layers" in PLACEMENTS[placement])
             assert rank.not_meta == []
-            first, last = vocabulary_slice(shape.vocab, world, place)
+            first, last = rows_of_rank(shape.vocab, world, place)
             assert rank.head == (last - first, shape.hidden)
 
 
@@ -301,7 +301,7 @@ class Interrupted(Exception):
 
 def interrupted_steps(mesh, folder):
     """A forward or backward that ends in an exception in one layer, then a step as if nothing had been."""
-    model = sharded_model(mesh, folder, Placement.of(LAYERS, offload=2, away=2, keep=2))
+    model = sharded_model(mesh, folder, Placement(LAYERS, offload_layers=2, away_layers=2, keep_layers=2))
     arithmetic = type(model.engine.arithmetic)
     found = {}
     for way, layer in itertools.product(("forward", "backward"), (0, 2, 3)):
@@ -333,8 +333,8 @@ def test_an_interrupted_pass_does_not_spoil_the_next_one(folder_of, plain, world
 def head_of_the_next_rank():
     return mock.patch.object(
         load,
-        "vocabulary_slice",
-        lambda vocab, world, rank: vocabulary_slice(vocab, world, (rank + 1) % world),
+        "rows_of_rank",
+        lambda vocab, world, rank: rows_of_rank(vocab, world, (rank + 1) % world),
     )
 
 
@@ -362,9 +362,9 @@ def one_layer_unscaled():
 def absmax_of_the_next_rank():
     original = load.read_layers
 
-    def read(engine, model, checkpoint, rank):
-        original(engine, model, checkpoint, rank)
-        store = engine.store
+    def read(model, checkpoint, rank):
+        original(model, checkpoint, rank)
+        store = model.engine.store
         shard = store.shards[OFFLOADED]
         everyones = torch.empty(store.layout.world, len(shard), dtype=torch.uint8)
         dist.all_gather_into_tensor(everyones.flatten(), shard)
@@ -385,7 +385,7 @@ def stale_adapters():
     return mock.patch.object(LayerStore, "begin", lambda self: None)
 
 
-OFFLOADED = 3  # the layer that Placement.of(4, offload=1) offloads
+OFFLOADED = 3  # the layer that Placement(4, offload_layers=1) offloads
 STEP = {"loss 1", "gradients 1", "loss 2", "gradients 2", "norm", "clipped"}
 BREAKS = {
     head_of_the_next_rank: STEP,
@@ -401,10 +401,10 @@ def broken_steps(mesh, folder, breaks):
     found = {}
     for broken in breaks:
         with broken():
-            model = sharded_model(mesh, folder, Placement.of(LAYERS, offload=1))
+            model = sharded_model(mesh, folder, Placement(LAYERS, offload_layers=1))
             assert model.engine.store.offloaded.index(True) == OFFLOADED
             found[broken.__name__] = sharded_steps(mesh, model)
-    found["nothing"] = sharded_steps(mesh, sharded_model(mesh, folder, Placement.of(LAYERS, offload=1)))
+    found["nothing"] = sharded_steps(mesh, sharded_model(mesh, folder, Placement(LAYERS, offload_layers=1)))
     return found
 
 

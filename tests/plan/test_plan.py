@@ -243,8 +243,10 @@ def test_fewer_tokens_are_suggested_where_they_help():
 def test_ram_and_disk_are_reasons_too():
     plan = make_plan(settings(), gpus=2, vram_gib=48, ram_gib=4, disk_gib=10)
     ram, disk = plan.reasons
-    assert ram.startswith("host RAM: 6.3 GiB needed, 4.0 there")  # preparing needs more than training
+    assert ram.startswith("host RAM: 5.0 GiB needed, 4.0 there; biggest: processes 4.0")
     assert disk.startswith("disk: 176.7 GiB needed, 10.0 free; biggest: source checkpoint 131.4")
+    (ram,) = make_plan(settings(), gpus=1, vram_gib=48, ram_gib=3, disk_gib=500).reasons
+    assert ram.startswith("host RAM: 3.5 GiB needed, 3.0 there; the most while preparing the model")
 
 
 def test_70b_on_a_cpu_is_refused_with_the_way_out():

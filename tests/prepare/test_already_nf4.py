@@ -123,10 +123,12 @@ def test_it_is_taken_as_it_is(folder, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("what", [*REFUSED, *ONLY_NESTED])
-def test_it_is_refused_in_one_line(folder, nested, tmp_path, what):
-    if what in ONLY_NESTED and not nested:
-        pytest.skip("has no second level")
+@pytest.mark.parametrize(
+    ("what", "nested"),
+    [(what, nested) for what in REFUSED for nested in (True, False)] + [(what, True) for what in ONLY_NESTED],
+    indirect=["nested"],
+)
+def test_it_is_refused_in_one_line(folder, tmp_path, what, nested):
     edit, expected = (REFUSED | ONLY_NESTED)[what]
     change(folder, edit)
     with pytest.raises(UserError) as caught:

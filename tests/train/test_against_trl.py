@@ -15,7 +15,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from recipe.cli import main
-from recipe.engine.load import initial_lora, peft_config
+from recipe.engine.build import initial_lora, peft_config
 from recipe.export.plain import load_plain
 from recipe.files import read_json
 from recipe.train.data import IGNORED

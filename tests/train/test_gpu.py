@@ -41,18 +41,29 @@ def test_it_trains_and_the_export_is_verified(dtype, attention, tmp_path, capsys
         print(f" {dtype} {attention}: {loss['trainer']:.6f}, apart by {apart:.1e} ", end="", flush=True)
 
 
-def test_variable_length_attention_is_that_of_each_document_alone():
-    from recipe.engine.attention import sdpa_by_document, varlen
+@pytest.mark.parametrize("kind", ["varlen", "cudnn"])
+def test_attention_is_that_of_each_document_alone(kind, monkeypatch):
+    """Forward and backward of each kernel against SDPA in fp32; a window only where the kernel has one."""
+    from recipe.engine import attention
+    from recipe.engine.attention import Attention, Documents
 
-    bounds = torch.tensor([0, 5, 22, 64], dtype=torch.int32, device="cuda")
+    if kind == "cudnn":
+        monkeypatch.setattr(attention.Attention, "way", lambda self, q, documents, window: self.kind)
+    documents = Documents.of([0, 5, 22, 64], torch.device("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(heads):
-        return torch.randn(1, heads, 64, 32, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(64, heads, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    query, key, value = random(8), random(2), random(2)
-    for window in (None, 7):
-        told = {"cu_seq_lens_q": bounds, "max_length_q": 42, "sliding_window": window}
-        ours, _ = varlen(None, query, key, value, None, **told)
-        theirs, _ = sdpa_by_document(None, query.float(), key.float(), value.float(), None, **told)
-        torch.testing.assert_close(ours.float(), theirs, atol=2e-2, rtol=2e-2)
+    q, k, v, grad = random(8), random(2), random(2), random(8)
+    wide = [tensor.float() for tensor in (q, k, v)]
+    for window in (None, 7) if kind == "varlen" else (None,):
+        ours, theirs = Attention(kind, 0.125), Attention("sdpa", 0.125)
+        attended = ours.forward(q, k, v, documents, window)
+        expected = theirs.forward(*wide, documents, window)
+        torch.testing.assert_close(attended.out.float(), expected.out, atol=2e-2, rtol=2e-2)
+        gradients = ours.backward(grad, q, k, v, attended, documents, window)
+        for found, wanted in zip(
+            gradients, theirs.backward(grad.float(), *wide, expected, documents, window), strict=True
+        ):
+            assert (found.float() - wanted).norm() < 2e-2 * wanted.norm()
