@@ -164,7 +164,6 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument("--profile", action="store_true", help="one more step, kernel by kernel")
     bench.add_argument("--figure", metavar="FILE.svg", help="write a bar chart too")
-    bench.add_argument("--suite", metavar="NAME", help="two-cards: comes with a later version")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

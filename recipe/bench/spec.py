@@ -30,7 +30,6 @@ FLOP_PER_PARAMETER_AND_TOKEN = 6
 # NF4 in blocks of 64 with one byte of absmax, which share an fp32 constant in groups of 256.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 LARGEST_ON_CPU = 2e9  # parameters; more would take hours
-SUITES = ("two-cards",)
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,6 @@ def specs_of(arguments: Namespace, machine: Machine) -> list[Spec]:
 
     Raises UserError where an option cannot be meant.
     """
-    if arguments.suite:
-        _one_of("--suite", arguments.suite, SUITES)
-        raise UserError(f"--suite {arguments.suite}: comes with a later version; leave it out")
     there = len(machine.gpus)
     count = min(there, 1) if arguments.gpus is None else arguments.gpus
     if not 0 <= count <= there:

@@ -6,6 +6,7 @@ import textwrap
 
 from recipe.plan.budget import GPU_SPARE_GIB, HOST_SPARE_GIB, Plan
 from recipe.plan.parts import Part, total_gib
+from recipe.plan.placement import Placement
 
 WIDTH = 100
 
@@ -34,9 +35,16 @@ def _head(plan: Plan) -> list[str]:
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trainable_parameters:,} trainable; on {where}",
         f"{steps}{plan.tokens_per_step:,} tokens, each {_count(plan.world_size, 'rank')} × "
         f"{_count(plan.accumulation, 'micro-batch', 'es')} × {plan.micro_batch_tokens:,} tokens",
-        f"{_count(plan.placement.offload_layers, 'layer')} of {plan.placement.layers} offloaded to host RAM, "
-        f"{plan.placement.keep_layers} keep all activations, the others compute them again",
+        _placed(plan.placement),
     ]
+
+
+def _placed(placement: Placement) -> str:
+    layers, offloaded, kept = placement.layers, placement.offload_layers, placement.keep_layers
+    weights = f"{offloaded} of {layers} layers offloaded to host RAM" if offloaded else "no layer offloaded"
+    if kept == layers:
+        return f"{weights}; all keep their activations"
+    return f"{weights}; {kept} keep their activations, {layers - kept} compute them again"
 
 
 def _device(plan: Plan) -> list[str]:

@@ -72,7 +72,7 @@ def summary(stages: list[Stage], source_bytes: int, seconds: float, peak_bytes: 
 
 
 def render(rates: dict[str, Any]) -> str:
-    """One line for people."""
+    """Two lines for people."""
     stages = ", ".join(
         f"{name} {_speed(stage['source_mib_per_second'])}"
         + (f" ({stage['where']})" if stage.get("where") else "")
@@ -80,9 +80,9 @@ def render(rates: dict[str, Any]) -> str:
     )
     return (
         f"quantised {_size(rates['source_bytes'])} in {rates['seconds']:.0f} s "
-        f"({_speed(rates['source_mib_per_second'])}): {stages}, each per byte of the source; "
-        f"the slowest is {rates['slowest']}, the whole reached {rates['share_of_slowest']:.0%} of it; "
-        f"peak RAM {rates['peak_ram_gib']:.2f} GiB"
+        f"({_speed(rates['source_mib_per_second'])}), {rates['share_of_slowest']:.0%} of what the slowest stage, "
+        f"{rates['slowest']}, can do; peak RAM {rates['peak_ram_gib']:.2f} GiB\n"
+        f"  per byte of the source: {stages}"
     )
 
 

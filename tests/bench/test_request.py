@@ -73,8 +73,6 @@ def test_a_worker_that_says_nothing_has_failed():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--suite", "two-cards"], "comes with a later version"),
-        (["--suite", "other"], "two-cards"),
         (["--model-shape", "gpt-2"], "--model-shape is `gpt-2`"),
         (["--model-shape", "llama-3.1-8b"], "too many for a CPU"),
         (["--gpus", "99"], "--gpus is `99`, expected 0 to "),

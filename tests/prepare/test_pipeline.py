@@ -113,8 +113,9 @@ def test_the_rates_are_recorded_and_said(tmp_path, capsys):
     source = tiny_checkpoint(tmp_path / "tiny")
     (tmp_path / "c.yaml").write_text(f"model: {{id: {source}}}\npaths: {{models: {tmp_path / 'models'}}}\n")
     assert main(["prepare", "--config", str(tmp_path / "c.yaml")]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("quantised ") and "disk reads" in line and "; the slowest is " in line
+    total, stages = capsys.readouterr().out.splitlines()[-2:]
+    assert total.startswith("quantised ") and "% of what the slowest stage, " in total
+    assert stages.startswith("  per byte of the source: ") and "disk reads" in stages
     record = read_json(tmp_path / "models" / "tiny-nf4" / "prepare.json")["rates"]
     stages = record["stages"]
     assert set(stages) == {"disk reads", "quantisation", "second level", "writing", "hashing", "fsync"}
