@@ -244,8 +244,9 @@ def row_of(spec: Spec, results: list[dict[str, Any]], samples: Samples) -> dict[
         "matmul_size": first["matmul_size"],
         "roofline_tokens_per_second": limit,
         "share_of_roofline": speed / limit,
-        "loss_first": first["losses"][0],
-        "loss_last": first["losses"][-1],
+        # Of peers that do not exist come numbers that mean nothing, NaN among them, which no JSON knows.
+        "loss_first": None if spec.fake_ranks else first["losses"][0],
+        "loss_last": None if spec.fake_ranks else first["losses"][-1],
         "details": first["details"],
         "profile": first["profile"],
     }

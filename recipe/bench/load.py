@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -47,13 +48,17 @@ def write_random_checkpoint(folder: Path, shape: ModelShape) -> None:
         range(first, min(first + LAYERS_PER_FILE, shape.layers))
         for first in range(0, shape.layers, LAYERS_PER_FILE)
     ]
-    for number, layers in enumerate(files, 1):
+
+    def write(number: int) -> None:
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = [tensor for layer in layers for tensor in _layer_tensors(shape, layer)]
+        tensors = [tensor for layer in files[number - 1] for tensor in _layer_tensors(shape, layer)]
         if number == len(files):
             tensors += list(_other_tensors(shape))
         _write_file(folder / name, tensors, random)
-        weight_map |= {tensor[0]: name for tensor in tensors}
+        weight_map.update((tensor[0], name) for tensor in tensors)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(1, len(files) + 1)))
     config = random_config(shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "config.json", config)  # last: its presence says that all is there

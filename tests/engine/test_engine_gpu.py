@@ -26,6 +26,7 @@ from recipe.settings import Lora
 TRUE = dataclasses.replace(KNOWN["llama-3.1-70b"], layers=2, vocab=8192)
 SMALL = ModelShape(hidden=256, intermediate=768, layers=2, heads=8, kv_heads=2, head_dim=32, vocab=512)
 DEVIATION = {TRUE: 0.002, SMALL: 0.012}  # of a matrix times the root of its width: alike
+HEAD = 10  # the head is as large as a trained one: it only scales the gradients, which fp16 would else lose in part
 LORA = Lora(rank=16, alpha=16, dropout=0.0)
 DROPPED = dataclasses.replace(LORA, dropout=0.05)
 DOCUMENTS = {"varlen": [0, 700, 701, 2048], "cudnn": [0, 1024, 2048]}  # by the kernel that they call for
@@ -43,12 +44,13 @@ PLACEMENTS: dict[str, dict[str, int]] = {
         "slots": 2,
     },
 }
-# A chunk gives a matrix product other rows, and cuBLAS another order of its sums: half a unit in the last place of
-# some elements. All else is the same arithmetic; attention's backward adds up in any order.
-SAME = 1e-3
-CHUNKED = {torch.bfloat16: 2**-8, torch.float16: 1e-3, torch.float32: 1e-5}
-# Of a gradient from fp32: some ten roundings of 2**-9 (bf16) or 2**-12 (fp16) one after another.
-ROUNDING = {torch.bfloat16: 0.03, torch.float16: 0.005}
+# The largest relative difference of any gradient. What one placement changes and another does not is the order of sums:
+# attention's variable-length backward adds up in any order (on an H100 up to 1.5e-3 in bf16, 4.5e-4 in fp16), and a
+# chunk gives a product other rows and cuBLAS another kernel (6e-3 and 1.6e-3). A wrong gradient is off by its own size.
+SAME = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 1e-5}
+CHUNKED = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+# From fp32 (seen: 2.8e-2 and 2.6e-3). Transformers, PEFT and autograd in the same dtype: 3.6e-2 and 2.5e-3.
+ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.006}
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -101,7 +103,7 @@ def step(mesh, shape, dtype, starts, options=None, kernels="fused", lora=LORA, d
     model = random_model(shape, build, seed=1, deviation=deviation)
     engine = model.engine
     generator = torch.Generator(place).manual_seed(2)
-    head = torch.randn(engine.head.weight.shape, device=place, generator=generator) * deviation
+    head = torch.randn(engine.head.weight.shape, device=place, generator=generator) * deviation * HEAD
     engine.head.weight.copy_(head)
     tokens = batch(shape, starts, place)
     torch.manual_seed(6)  # of the masks
@@ -161,7 +163,7 @@ def check_placements(mesh, shape, dtype, starts, lora, device, say, names=tuple(
         distance = other.distance(resident)
         say(f"{dtype}, {starts}, dropout {lora.dropout}, {name}: apart by {distance:.1e}")
         chunked = "mlp_chunk" in options
-        assert distance <= (max(SAME, CHUNKED[dtype]) if chunked else SAME), name
+        assert distance <= (CHUNKED if chunked else SAME)[dtype], name
         assert other.loss == pytest.approx(resident.loss, rel=1e-4)
     return resident
 
@@ -191,7 +193,7 @@ def test_gradients_are_off_by_their_rounding(mesh, exact, say, dtype, documents)
     )
     assert ours.loss == pytest.approx(expected.loss, rel=1e-3)
     assert off < ROUNDING[dtype]
-    assert off < 1.5 * theirs + 1e-3
+    assert off < 1.2 * theirs + 1e-3
 
 
 @pytest.mark.gpu
