@@ -20,16 +20,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from recipe.bench.ours import placement_of, settings_of
+from recipe.bench.ours import Ours
 from recipe.bench.sample import Sampler
 from recipe.bench.spec import GIB, TINY, Spec
+from recipe.bench.worker import cap_allocator
 from recipe.checksums import BlockChecksums, sidecar
-from recipe.engine.attention import Documents
-from recipe.engine.build import Build
 from recipe.engine.checkpoint import INDEX
-from recipe.engine.engine import Batch, Engine
 from recipe.engine.layout import BLOCK, MODULES, NESTED_BLOCK
-from recipe.engine.load import STATE, load_sharded
+from recipe.engine.load import STATE
 from recipe.engine.random import DEVIATION, NF4_DEVIATION, random_config
 from recipe.files import require_space, write_bytes, write_json
 from recipe.plan.shapes import ModelShape, shape_of
@@ -49,16 +47,17 @@ def write_random_checkpoint(folder: Path, shape: ModelShape) -> None:
         for first in range(0, shape.layers, LAYERS_PER_FILE)
     ]
 
-    def write(number: int) -> None:
+    def write(number: int) -> dict[str, str]:
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = [tensor for layer in files[number - 1] for tensor in _layer_tensors(shape, layer)]
         if number == len(files):
             tensors += list(_other_tensors(shape))
         _write_file(folder / name, tensors, random)
-        weight_map.update((tensor[0], name) for tensor in tensors)
+        return {tensor[0]: name for tensor in tensors}
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(write, range(1, len(files) + 1)))
+        for part in pool.map(write, range(1, len(files) + 1)):
+            weight_map |= part
     config = random_config(shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "config.json", config)  # last: its presence says that all is there
@@ -159,31 +158,18 @@ def measure(folder: Path, spec: Spec) -> dict:
     device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh(device.type, (1,))
-    settings = settings_of(spec)
-    if spec.on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, spec.cap_gib * GIB / total), device)
-    dtype = torch.bfloat16 if spec.on_gpu else torch.float32
-    placement = placement_of(spec, settings, torch.cuda.get_device_name(device) if spec.on_gpu else None)
-    build = Build(
-        lora=settings.lora,
-        mesh=mesh,
-        device=device,
-        dtype=dtype,
-        attention="varlen" if spec.on_gpu else "sdpa",
-        placement=placement,
-        max_tokens=spec.tokens,
-    )
+    cap_allocator(spec, device)
     started, before = time.perf_counter(), bytes_read()
     with Sampler(os.getpid(), []) as samples:
-        model = load_sharded(folder, build, seed=0)
+        program = Ours(spec, device, mesh, folder)
         if spec.on_gpu:
             torch.cuda.synchronize()
         loaded, read = time.perf_counter(), bytes_read() - before
-        loss = first_step(model.engine, spec, device)
+        loss = program.step(torch.randint(0, spec.shape.vocab, (spec.tokens,)), spec.document_lengths).item()
+        program.optimizer_step()
         ended = time.perf_counter()
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    pools = model.engine.store.pool.nbytes + model.engine.activations.pool.nbytes
+    pools = program.engine.store.pool.nbytes + program.engine.activations.pool.nbytes
     dist.destroy_process_group()
     return {
         "load_seconds": loaded - started,
@@ -193,25 +179,9 @@ def measure(folder: Path, spec: Spec) -> dict:
         "gib_per_second": read / GIB / (loaded - started),
         "peak_host_ram_gib": samples.peak.total / GIB,
         "pinned_gib": pools / GIB,
-        "offloaded_layers": placement.offload_layers,
+        "offloaded_layers": program.placement.offload_layers,
         "loss": loss,
     }
-
-
-def first_step(engine: Engine, spec: Spec, device: torch.device) -> float:
-    """The loss of one row of random tokens, after its backward and AdamW's step."""
-    ids = torch.randint(0, spec.shape.vocab, (spec.tokens,))
-    batch = Batch(
-        ids,
-        torch.arange(spec.tokens, device=device),
-        Documents.of([0, spec.tokens], device),
-        torch.arange(spec.tokens - 1, device=device),
-        ids[1:].to(device),
-    )
-    loss = engine.loss(batch, training=True) / (spec.tokens - 1)
-    loss.backward()
-    torch.optim.AdamW([engine.adapters.flat], lr=1e-4, fused=True).step()
-    return loss.item()
 
 
 def main() -> int:

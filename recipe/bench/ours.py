@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from recipe.bench.spec import Spec
 from recipe.engine.attention import Documents
 from recipe.engine.build import Build
 from recipe.engine.engine import Batch
+from recipe.engine.load import load_sharded
 from recipe.engine.random import random_model
 from recipe.plan.budget import choose_placement
 from recipe.plan.cards import slowest_card
@@ -51,9 +53,9 @@ def placement_of(spec: Spec, settings: Settings, card: str | None = None) -> Pla
 
 
 class Ours:
-    """A Program, as recipe.bench.worker drives it."""
+    """A Program, as recipe.bench.worker drives it; of random weights, or of the checkpoint in `folder`."""
 
-    def __init__(self, spec: Spec, device: torch.device, mesh: DeviceMesh):
+    def __init__(self, spec: Spec, device: torch.device, mesh: DeviceMesh, folder: Path | None = None):
         self.spec, self.device, self.mesh = spec, device, mesh
         self.settings = settings_of(spec)
         on_gpu = device.type == "cuda"
@@ -70,7 +72,9 @@ class Ours:
             max_tokens=spec.tokens,
             kernels=spec.kernels,
         )
-        self.model = random_model(spec.shape, build, spec.seed)
+        self.model = (
+            load_sharded(folder, build, spec.seed) if folder else random_model(spec.shape, build, spec.seed)
+        )
         self.engine: Any = self.model.engine
         self.optimizer = torch.optim.AdamW([self.engine.adapters.flat], lr=LEARNING_RATE, fused=True)
 
