@@ -131,7 +131,17 @@ BAD = {
         "compute:\n  activation_checkpointing: true\n",
         ["c.yaml:2:", "unknown key `compute.activation_checkpointing`"],
     ),
-    "8-bit Adam": ("train:\n  optimizer: adamw8bit\n", ["c.yaml:2:", "`adamw8bit`", "one of adamw"]),
+    "unknown optimizer": ("train:\n  optimizer: adamw8bit\n", ["c.yaml:2:", "`adamw8bit`", "one of adamw"]),
+    "8-bit Adam, with the reason": (
+        "train:\n  optimizer: adamw_8bit\n",
+        [
+            "c.yaml:2:",
+            "train.optimizer",
+            "`adamw_8bit`",
+            "blocks that sharding cuts otherwise",
+            "32-bit states take",
+        ],
+    ),
     "other quantisation": ("quantization:\n  type: fp4\n", ["c.yaml:2:", "`fp4`", "one of nf4"]),
     "unknown word": ("compute:\n  processes: many\n", ["c.yaml:2:", "`many`", "or `auto`"]),
     "text for a list": (

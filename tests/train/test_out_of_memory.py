@@ -1,16 +1,19 @@
 """A full GPU ends in one line: what was asked for, what was allocated, and the setting that would fit."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from recipe.errors import UserError
+from recipe.files import write_json
 from recipe.plan import make_plan
 from recipe.plan.memory import GIB, layer_bytes
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import KNOWN
 from recipe.settings import from_dict
+from recipe.train import worker
 from recipe.train.run import Run, begin_or_continue, first_difference
 from recipe.train.worker import out_of_memory
 
@@ -51,6 +54,24 @@ def test_fewer_tokens_are_named_where_all_layers_are_away():
 
 def test_a_message_of_another_wording_still_makes_a_line():
     assert "1.00 GiB were asked for with nearly all allocated" in said(0, "out of memory")
+
+
+def test_the_rank_ends_with_1_and_its_launcher_can_read_why(tmp_path, monkeypatch):
+    run = Run(tmp_path / "begun")
+    run.folder.mkdir()
+    run.config.write_text(SETTINGS.to_yaml())
+    write_json(run.manifest, {"model": {"folder": "llama-3.1-70b"}})
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(worker, "train", full)
+    placement = json.dumps(dataclasses.asdict(Placement(80, 3)))
+    monkeypatch.setattr("sys.argv", ["worker", str(run.folder), "--placement", placement])
+    assert worker.main() == 1
+    event = json.loads(run.events.read_text().splitlines()[-1])
+    assert (event["exit_code"], event["rank"]) == (1, 1)
+    assert event["message"] == said(offload=3)
 
 
 def test_what_is_named_can_be_set_on_an_unfinished_run(tmp_path):
