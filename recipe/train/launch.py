@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ ACCELERATE_CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "g
 PACKAGE_PARENT = Path(__file__).parent.parent.parent
 WORKER = "recipe.train.worker"
 POLL_SECONDS = 0.2
+STOPPED_SECONDS = (
+    20.0  # the others wait for a rank that stands still, without a word and with their GPUs at work
+)
 
 
 def say(text: str) -> None:
@@ -190,11 +194,19 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
         )
     say(f"starting {plan.world_size} ranks (log: {run.log})")
     told: set[int] = set()
+    standing = Standing()
     try:
         with Progress(run, settings.train.log_every) as progress:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 progress.update()
+                if stopped := standing.look(process):
+                    rank, pid = stopped
+                    _kill(process)
+                    raise Refused(
+                        f"training ended: rank {rank} (process {pid}) was stopped (SIGSTOP) for {STOPPED_SECONDS:.0f} s "
+                        f"while the others waited for it; find out what stopped it, then go on with RUN={run.name}"
+                    )
                 if len(stops) > 1:
                     _kill(process)
                 elif stops:
@@ -255,14 +267,52 @@ def _raise(error: dict[str, Any], run: Run) -> None:
     )
 
 
-def _signal_workers(process: subprocess.Popen, number: int, told: set[int]) -> None:
-    """To the ranks only, each once, also to those that start later: the launchers would end them at once, unsaved."""
+class Standing:
+    """Finds a rank whose process was stopped while others go on: no collective ends then, and none fails for minutes.
+
+    Where all ranks are stopped, somebody wants the GPUs for a while.
+    """
+
+    def __init__(self) -> None:
+        self.since: dict[int, float] = {}  # by process
+        self.next_look = 0.0
+
+    def look(self, process: subprocess.Popen) -> tuple[int, int] | None:
+        """(rank, process) of one that has stood still for STOPPED_SECONDS. Cheap to ask: it looks once a second."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return None
+        self.next_look = now + 1
+        ranks = dict(_ranks(process))
+        stopped = {pid: rank for pid, rank in ranks.items() if _is_stopped(pid)}
+        self.since = {pid: self.since.get(pid, now) for pid in stopped} if len(stopped) < len(ranks) else {}
+        return next(
+            ((stopped[pid], pid) for pid, since in self.since.items() if now - since >= STOPPED_SECONDS), None
+        )
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
+
+
+def _ranks(process: subprocess.Popen) -> Iterator[tuple[int, int]]:
+    """(process, rank) of the ranks that run now."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if child.pid not in told and _is_rank(child.cmdline()):
-                    told.add(child.pid)
-                    child.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if _is_rank(child.cmdline()) and "RANK" in (environment := child.environ()):
+                    yield child.pid, int(environment["RANK"])
+
+
+def _signal_workers(process: subprocess.Popen, number: int, told: set[int]) -> None:
+    """To the ranks only, each once, also to those that start later: the launchers would end them at once, unsaved."""
+    for pid, _ in _ranks(process):
+        if pid not in told:
+            told.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def _is_rank(arguments: list[str]) -> bool:

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -341,3 +344,27 @@ def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
     assert time.monotonic() - started < 45
     assert not (runs / "early" / "summary.json").exists()
     assert running(members) == []
+
+
+def test_a_rank_that_alone_stands_still_is_found(monkeypatch):
+    """Real processes that look like ranks below a launcher; where all of them are stopped, somebody meant it."""
+    monkeypatch.setattr(launch, "STOPPED_SECONDS", 0.0)
+    rank = f"RANK=$r {sys.executable} -c 'import time; time.sleep(60)' {launch.WORKER} &"
+    launcher = subprocess.Popen(["bash", "-c", f"for r in 0 1; do {rank} done; wait"])
+    try:
+        limit = time.monotonic() + 10
+        while len(found := {rank: pid for pid, rank in launch._ranks(launcher)}) < 2:
+            assert time.monotonic() < limit
+        assert launch.Standing().look(launcher) is None
+        os.kill(found[1], signal.SIGSTOP)
+        while not launch._is_stopped(found[1]):
+            assert time.monotonic() < limit
+        assert launch.Standing().look(launcher) == (1, found[1])
+        os.kill(found[0], signal.SIGSTOP)
+        while not launch._is_stopped(found[0]):
+            assert time.monotonic() < limit
+        assert launch.Standing().look(launcher) is None
+    finally:
+        for member in family(launcher):
+            member.kill()
+        launcher.wait()
