@@ -1,4 +1,4 @@
-"""`recipe plan`: does this run fit on this machine, part by part, and how long must it take at least?
+"""`recipe plan`: does this run fit on this machine, part by part, and about how long does it take?
 
 Answers in a second, without a GPU, without weights and without network; imports no torch.
 """

@@ -15,6 +15,7 @@ from recipe.plan.cards import Card, card_with, floor_seconds, slowest_card
 from recipe.plan.choose import Room, choose
 from recipe.plan.parts import GIB, Part, total_gib
 from recipe.plan.placement import Placement
+from recipe.plan.seconds import step_seconds
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import Settings
 
@@ -29,7 +30,7 @@ SHORTEST_MICRO_BATCH = 128  # tokens that a remedy suggests at least
 NOT_MODELLED = [
     "the embedding: mapped from its file, its pages are the system's cache (2 GiB for 70B, once per host)",
     "attention kernels that materialise scores; compute.kernels: plain; other programs",
-    "time beyond pure arithmetic: gathers, dequantisation, element-wise kernels, disk",
+    "time: disk, start-up, evaluation, checkpoints, hot cards that slow down; documents count as full rows",
 ]
 
 
@@ -58,6 +59,7 @@ class Plan:
     on_disk_gib: float
     card: str | None
     card_assumed: bool
+    predicted_seconds: float | None
     floor_seconds: float | None
     placement: Placement
     fits: bool = True
@@ -134,6 +136,7 @@ def make_plan(
         ram_gib = here.usable_ram_gib
     placement = choose_placement(shape, settings, world_size, vram_gib, ram_gib, card)
     device = memory.device_parts(shape, settings, world_size, on_gpu, placement)
+    predicted, floor = _seconds(shape, settings, world_size, card if on_gpu else None, placement)
     plan = Plan(
         model=settings.model.id or "",
         parameters=shape.parameters,
@@ -156,9 +159,8 @@ def make_plan(
         on_disk_gib=_size_gib(prepared) if ready and prepared else 0.0,
         card=card.name if card and on_gpu else None,
         card_assumed=here is None,
-        floor_seconds=floor_seconds(shape, tokens * steps, card, world_size, placement.keep_layers)
-        if card and on_gpu and steps
-        else None,
+        predicted_seconds=predicted,
+        floor_seconds=floor,
         placement=placement,
     )
     reasons = _reasons(plan, shape, settings, gpus)
@@ -193,6 +195,20 @@ def choose_placement(
         return total_gib(host) - limit
 
     return choose(shape, settings, world_size, on_gpu, card, Room(device_missing, host_missing))
+
+
+def _seconds(
+    shape: ModelShape, settings: Settings, world_size: int, card: Card | None, placement: Placement
+) -> tuple[float | None, float | None]:
+    """About how long the run takes, and at least; None where the card or the number of steps is not known."""
+    steps, tokens = settings.train.steps, settings.train.global_batch_tokens
+    if card is None or steps is None:
+        return None, None
+    kept, accumulate = placement.keep_layers, settings.compute.accumulate
+    return (
+        steps * step_seconds(shape, settings, world_size, card, placement),
+        floor_seconds(shape, steps * tokens, card, world_size, kept, accumulate),
+    )
 
 
 def _vram_needed_gib(shape: ModelShape, settings: Settings, world_size: int, placement: Placement) -> float:

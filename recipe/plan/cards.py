@@ -2,7 +2,7 @@
 
 QLoRA needs 4 FLOP per parameter and token: forward 2, gradients of the inputs 2; frozen weights need no gradient of
 their own. Layers that keep only their input need up to 2 more, less down_proj, whose output no gradient needs. Nothing
-runs at a card's full rate, so every time is an "at least".
+runs at a card's full rate, so every time here is an "at least"; seconds.py says about how long it takes.
 """
 
 from __future__ import annotations
@@ -14,24 +14,38 @@ from recipe.plan.shapes import ModelShape
 FORWARD = BACKWARD = RECOMPUTATION = 2  # FLOP per parameter and token
 
 
+COPY_GB_PER_SECOND = 12  # PCIe 4.0 x8, as a second card often has
+
+
 @dataclass(frozen=True)
 class Card:
-    """Dense 16-bit rate with fp32 accumulation (vendor figures; H100 and H200 as measured on 8192³ bf16)."""
+    """Dense 16-bit rate with fp32 accumulation (vendor figures; H100 and H200 as measured on 8192³ bf16).
+
+    fp16_factor: how much faster products are whose sums are fp16. link_gb_per_second: to the host and to other cards.
+    """
 
     name: str
     tflops: float
     memory_gib: int
     memory_gb_per_second: int
+    fp16_factor: float = 1.0
+    link_gb_per_second: float = COPY_GB_PER_SECOND
+
+    def product_rate(self, accumulate: str) -> float:
+        """FLOP/s of matrix products under `compute.accumulate`."""
+        return self.tflops * 1e12 * (self.fp16_factor if accumulate == "fp16" else 1)
 
 
 CARDS = [
-    Card("RTX 3090", 71, 24, 936),
-    Card("RTX 4090", 165, 24, 1008),
-    Card("RTX 5090", 209, 32, 1792),
+    # GeForce cards do half as much with fp32 sums as with fp16 ones; the others are as fast with either. The H100's link:
+    # 47 GB came from the host in 825 ms (docs/benchmarks.md).
+    Card("RTX 3090", 71, 24, 936, fp16_factor=2),
+    Card("RTX 4090", 165, 24, 1008, fp16_factor=2),
+    Card("RTX 5090", 209, 32, 1792, fp16_factor=2),
     Card("A6000", 155, 48, 768),
     Card("A100", 312, 80, 2039),
-    Card("H100", 790, 80, 3350),
-    Card("H200", 790, 141, 4800),
+    Card("H100", 790, 80, 3350, link_gb_per_second=56),
+    Card("H200", 790, 141, 4800, link_gb_per_second=56),
 ]
 
 
@@ -49,10 +63,19 @@ def card_with(vram_gib: float) -> Card | None:
     return min(near, key=lambda card: card.tflops, default=None)
 
 
-def floor_seconds(shape: ModelShape, tokens: int, card: Card, gpus: int, keep_layers: int = 0) -> float:
-    """Seconds below which that many tokens cannot be trained on so many cards."""
+def product_flop(shape: ModelShape, tokens: int, keep_layers: int) -> float:
+    """FLOP of the matrix products of a forward and backward; the other layers compute theirs again.
+
+    On several ranks it is the same for each: the head has a slice of the vocabulary there, but the tokens of all.
+    """
     down = shape.linears["down_proj"][0] * shape.linears["down_proj"][1]
     again = (shape.layers - keep_layers) * (shape.layer_linear_parameters - down)
     used = shape.layers * shape.layer_linear_parameters + shape.embedding_parameters  # the head's products
-    flop = (FORWARD + BACKWARD) * used + RECOMPUTATION * again
-    return flop * tokens / (card.tflops * 1e12 * gpus)
+    return tokens * ((FORWARD + BACKWARD) * used + RECOMPUTATION * again)
+
+
+def floor_seconds(
+    shape: ModelShape, tokens: int, card: Card, gpus: int, keep_layers: int = 0, accumulate: str = "fp32"
+) -> float:
+    """Seconds below which that many tokens cannot be trained on so many cards."""
+    return product_flop(shape, tokens, keep_layers) / (card.product_rate(accumulate) * gpus)

@@ -86,16 +86,17 @@ def _disk(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    if plan.floor_seconds is None:
+    if plan.predicted_seconds is None or plan.floor_seconds is None:
         if plan.device == "cpu":
             return ["Time: unknown (no rate is known for a CPU)"]
         return [f"Time: unknown ({'the card has no known rate' if plan.steps else 'train.steps is not set'})"]
     assumed = "if the cards are " if plan.card_assumed else ""
     steps = plan.steps or 1
-    rate = plan.tokens_per_step * steps / plan.floor_seconds
+    rate = plan.tokens_per_step * steps / plan.predicted_seconds
     return [
-        f"Time: at least {_duration(plan.floor_seconds)}, {_duration(plan.floor_seconds / steps)} a step "
-        f"({assumed}{plan.card}: at most {rate:,.0f} tokens/s)"
+        f"Time: about {_duration(plan.predicted_seconds)}, {_duration(plan.predicted_seconds / steps)} a step "
+        f"({assumed}{plan.card}: {rate:,.0f} tokens/s);",
+        f"  at least {_duration(plan.floor_seconds)}, for the matrix products at the card's full rate",
     ]
 
 
