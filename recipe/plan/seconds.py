@@ -19,7 +19,8 @@ from recipe.settings import Settings
 # Of the card's dense rate: 2,104 ms for 1,545 TFLOP are 734 TFLOP/s of the 790 in cards.py (772 in that very run).
 PRODUCTS = 0.93
 # Of the same, for attention over long documents, and the length at which it reaches half of that: 213 ms for 99 TFLOP at
-# 4,096 tokens tie the one to the other. How it rises beyond, one sequence of 32,768 tokens says (28 s, met within 5 %).
+# 4,096 tokens tie the one to the other. How it rises beyond is known from one sequence of 32,768 tokens alone (28 s, met
+# within 5 %), whose peer did not exist, so that it may be somewhat slower on real numbers.
 ATTENTION = 0.85
 ATTENTION_HALF_TOKENS = 1800
 ATTENTION_BACKWARD = 2.5  # times the forward's FLOP: five products for two
