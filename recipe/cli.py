@@ -127,18 +127,16 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument(
         "--against",
-        default="article,fsdp_qlora,trl",
         metavar="NAMES",
         help="other ways to measure beside ours, or none (default: article,fsdp_qlora,trl)",
     )
     bench.add_argument(
         "--only",
-        default="none",
         metavar="NAMES",
         help="measure these alone, such as ours; none: leave none out",
     )
     bench.add_argument(
-        "--tokens", default="4096,8192", metavar="LIST", help="tokens per micro-batch of ours and trl"
+        "--tokens", metavar="LIST", help="tokens per micro-batch of ours and trl (default: 4096,8192)"
     )
     bench.add_argument(
         "--document-tokens", type=int, metavar="N", help="pack documents of this length (default: one a row)"
@@ -158,12 +156,23 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
         "--fake-ranks", type=int, metavar="N", help="memory of rank 0 of N on one GPU; the peers do not exist"
     )
     bench.add_argument("--dropout", type=float, default=0.05, metavar="P", help="of LoRA (default: 0.05)")
-    bench.add_argument("--steps", type=int, default=5, metavar="S", help="timed steps, after 2 (default: 5)")
+    bench.add_argument("--steps", type=int, metavar="S", help="timed steps, after 2 (default: 5)")
     bench.add_argument(
         "--micro-batches", type=int, default=1, metavar="M", help="of one sequence, per step (default: 1)"
     )
     bench.add_argument("--profile", action="store_true", help="one more step, kernel by kernel")
     bench.add_argument("--figure", metavar="FILE.svg", help="write a bar chart too")
+    bench.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="ours loads this prepared checkpoint from a cold cache; made of random bytes where there is none",
+    )
+    bench.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="two-cards: all that is claimed of two GPUs, with faults and equality, against what it must be",
+    )
+    bench.add_argument("--output", metavar="FOLDER", help="for the results of a suite: JSON, figures, report")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

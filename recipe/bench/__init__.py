@@ -24,7 +24,7 @@ import time
 from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -57,30 +57,49 @@ TELLING = re.compile(r"^(NCCL|PYTORCH|CUDA|TORCH|OMP)_")
 
 def run(arguments: Namespace) -> int:
     """Measure all that was asked for and print it. 1 where a worker failed; running out of memory is a result."""
+    if arguments.suite:
+        from recipe.bench import suite
+
+        return suite.run(arguments)
     machine = probe(".")
     specs = specs_of(arguments, machine)
-    say(f"{len(specs)} measurements: " + ", ".join(f"{spec.variant} {spec.tokens}" for spec in specs))
+    say(f"{len(specs)} measurements: " + ", ".join(f"{spec.name} {spec.tokens}" for spec in specs))
     with stop_on_sigterm():
+        have_checkpoints(specs)
         rows = [measured(spec, machine.gpus[: spec.gpus]) for spec in specs]
-    document = {
-        "command": shlex.join(["recipe", *sys.argv[1:]]),
-        "machine": describe(machine, specs[0].gpus),
-        "versions": versions(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if TELLING.match(name)},
-        "model": {
-            "name": specs[0].model_shape,
-            "parameters": specs[0].shape.parameters,
-            "flop_per_token": specs[0].flop_per_token,
-            **dataclasses.asdict(specs[0].shape),
-        },
-        "results": rows,
-        "ratios": table.ratios(rows),
-    }
+    document = described(specs[0], machine) | {"results": rows, "ratios": table.ratios(rows)}
     if arguments.figure:
         write_text(Path(arguments.figure), table.figure(document))
         say(f"figure: {arguments.figure}")
     print(json.dumps(document, indent=2, ensure_ascii=False) if arguments.json else table.render(document))
     return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+def described(spec: Spec, machine: Machine) -> dict[str, Any]:
+    """What was run where: the head of the results."""
+    return {
+        "command": shlex.join(["recipe", *sys.argv[1:]]),
+        "machine": describe(machine, spec.gpus),
+        "versions": versions(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if TELLING.match(name)},
+        "model": {
+            "name": spec.model_shape,
+            "parameters": spec.shape.parameters,
+            "flop_per_token": spec.flop_per_token,
+            **dataclasses.asdict(spec.shape),
+        },
+    }
+
+
+def have_checkpoints(specs: list[Spec]) -> None:
+    """Make the random checkpoints that are asked for and not there. Raises UserError where something else is."""
+    for folder, shape in {spec.checkpoint: spec.shape for spec in specs if spec.checkpoint}.items():
+        from recipe.bench.checkpoint import ensure_checkpoint
+
+        started = time.monotonic()
+        say(f"checkpoint {folder}")
+        ensure_checkpoint(Path(folder), shape)
+        say(f"checkpoint is there after {time.monotonic() - started:.0f} s")
 
 
 def say(text: str) -> None:
@@ -89,54 +108,79 @@ def say(text: str) -> None:
 
 def measured(spec: Spec, gpus: list[Gpu]) -> dict[str, Any]:
     """One row, by starting the ranks of one measurement, or saying why not."""
-    name = f"{spec.variant} {spec.tokens}"
+    name = f"{spec.name} {spec.tokens}"
+    if spec.checkpoint and spec.cold:
+        from recipe.bench.checkpoint import drop_from_cache
+
+        drop_from_cache(Path(spec.checkpoint))
     if reason := spec.skip_reason():
         say(f"{name}: skipped, {reason}")
         return row_of(spec, [{"status": "skipped", "note": reason}], Samples())
     with tempfile.TemporaryDirectory(prefix="recipe-bench-") as scratch:
         spec_file, result_file = Path(scratch) / "spec.json", Path(scratch) / "result.json"
         write_json(spec_file, spec.to_dict())
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc_per_node", str(spec.processes), "-m", WORKER, str(spec_file), str(result_file)),
-            ],
+        command = launcher(spec.processes, WORKER, str(spec_file), str(result_file))
+        with (
+            Watched(name, command, environment(spec, gpus)) as program,
+            Sampler(program.process.pid, [gpu.uuid for gpu in gpus]) as samples,
+        ):
+            code = program.wait()
+        results = read_results(result_file, spec.processes)
+    row = row_of(spec, results or [{"status": "failed", "note": unsaid(code, program.log)}], samples)
+    if row["status"] == "failed":
+        sys.stderr.write("".join(program.log))
+    say(f"{name}: {table.verdict(row)}")
+    return row
+
+
+def launcher(processes: int, module: str, *arguments: str) -> list[str]:
+    ranks = ["--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", module, *arguments]
+
+
+class Watched:
+    """A program that runs beside this one: its progress is shown, the rest of its output kept; ended at the latest here."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]):
+        self.name = name
+        self.log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
+        self.process = subprocess.Popen(
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=environment(spec, gpus),
+            env=environment,
         )
-        log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
-        reader = threading.Thread(target=follow, args=(process.stdout, name, log), daemon=True)
-        reader.start()
-        try:
-            with Sampler(process.pid, [gpu.uuid for gpu in gpus]) as samples:
-                process.wait()
-        finally:
-            end(process)
-        reader.join(DRAIN_SECONDS)
-        results = read_results(result_file, spec.processes)
-    row = row_of(spec, results or [{"status": "failed", "note": unsaid(process.returncode, log)}], samples)
-    if row["status"] == "failed":
-        sys.stderr.write("".join(log))
-    say(f"{name}: {table.verdict(row)}")
-    return row
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        self._reader.start()
 
+    def _follow(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(PROGRESS):
+                say(f"{self.name}: {line.removeprefix(PROGRESS).rstrip()}")
+            else:
+                self.log.append(line)
 
-def follow(output: IO[str], name: str, log: collections.deque[str]) -> None:
-    """Show progress as it comes and keep the rest."""
-    for line in output:
-        if line.startswith(PROGRESS):
-            say(f"{name}: {line.removeprefix(PROGRESS).rstrip()}")
-        else:
-            log.append(line)
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        code = self.process.wait()
+        self._reader.join(DRAIN_SECONDS)
+        return code
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        end(self.process)
 
 
 def environment(spec: Spec, gpus: list[Gpu]) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+    links = {} if spec.p2p is None else {"NCCL_P2P_DISABLE": "0" if spec.p2p else "1"}
     return {
         "OMP_NUM_THREADS": str(max(1, cores // spec.ranks)),  # torchrun's 1 would slow AdamW in host RAM
         "TOKENIZERS_PARALLELISM": "false",
@@ -144,6 +188,7 @@ def environment(spec: Spec, gpus: list[Gpu]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         **os.environ,
+        **links,
         # Trainer would spread over every GPU that it sees.
         "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid or str(gpu.index) for gpu in gpus),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -207,12 +252,15 @@ def row_of(spec: Spec, results: list[dict[str, Any]], samples: Samples) -> dict[
     first = results[0]
     row: dict[str, Any] = {
         "variant": spec.variant,
+        "name": spec.name,
         "status": first["status"],
         "note": first.get("note"),
         "tokens": spec.tokens,
         "document_tokens": spec.document_tokens,
         "ranks": spec.ranks,
         "cap_gib": spec.cap_gib if spec.on_gpu else None,
+        "p2p": spec.p2p,
+        "checkpoint": spec.checkpoint and ("cold" if spec.cold else "in the page cache"),
         "dropout": spec.dropout,
         "micro_batches": spec.micro_batches,
         "host_ram_gib": samples.peak.total / GIB or None,
@@ -239,6 +287,8 @@ def row_of(spec: Spec, results: list[dict[str, Any]], samples: Samples) -> dict[
         "allocator_retries": _largest(results, "allocator_retries"),
         "build_seconds": first["build_seconds"],
         "build_peak_allocated_gib": _largest(results, "build_peak_allocated_gib"),
+        "first_step_seconds": first["first_step_seconds"],
+        "read_gib": sum(result["read_gib"] for result in results),
         "gpu_utilisation_percent": samples.mean_utilisation(first["timed_from"], first["timed_to"]),
         "matmul_tflops": statistics.mean(result["matmul_tflops"] for result in results),
         "matmul_size": first["matmul_size"],

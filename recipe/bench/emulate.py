@@ -273,9 +273,9 @@ class Trl:
 
 
 def _ours(spec: Spec, device: torch.device, mesh: DeviceMesh) -> Program:
-    from recipe.bench import ours
+    from recipe.bench.ours import Ours
 
-    return ours.build(spec, device, mesh)
+    return Ours(spec, device, mesh)
 
 
 # build(spec, device, mesh) -> Program or SelfDriven; mesh is None for those of spec.ONE_RANK.

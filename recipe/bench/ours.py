@@ -21,13 +21,10 @@ from recipe.plan.cards import slowest_card
 from recipe.plan.memory import compute_bytes, device_parts, host_parts, outside_allocator
 from recipe.plan.parts import GIB, total_gib
 from recipe.plan.placement import Placement
+from recipe.plan.seconds import step_seconds
 from recipe.settings import Settings, from_dict
 
 LEARNING_RATE = 1e-4
-
-
-def build(spec: Spec, device: torch.device, mesh: DeviceMesh) -> Ours:
-    return Ours(spec, device, mesh)
 
 
 def settings_of(spec: Spec) -> Settings:
@@ -53,9 +50,9 @@ def placement_of(spec: Spec, settings: Settings, card: str | None = None) -> Pla
 
 
 class Ours:
-    """A Program, as recipe.bench.worker drives it; of random weights, or of the checkpoint in `folder`."""
+    """A Program, as recipe.bench.worker drives it; of random weights, or of the spec's checkpoint."""
 
-    def __init__(self, spec: Spec, device: torch.device, mesh: DeviceMesh, folder: Path | None = None):
+    def __init__(self, spec: Spec, device: torch.device, mesh: DeviceMesh):
         self.spec, self.device, self.mesh = spec, device, mesh
         self.settings = settings_of(spec)
         on_gpu = device.type == "cuda"
@@ -73,7 +70,9 @@ class Ours:
             kernels=spec.kernels,
         )
         self.model = (
-            load_sharded(folder, build, spec.seed) if folder else random_model(spec.shape, build, spec.seed)
+            load_sharded(Path(spec.checkpoint), build, spec.seed)
+            if spec.checkpoint
+            else random_model(spec.shape, build, spec.seed)
         )
         self.engine: Any = self.model.engine
         self.optimizer = torch.optim.AdamW([self.engine.adapters.flat], lr=LEARNING_RATE, fused=True)
@@ -106,11 +105,14 @@ class Ours:
         on_gpu, ranks = self.spec.on_gpu, self.spec.ranks
         device = device_parts(self.spec.shape, self.settings, ranks, on_gpu, self.placement)
         host = host_parts(self.spec.shape, self.settings, device, ranks, on_gpu, self.placement)
+        card = slowest_card([torch.cuda.get_device_name(self.device)]) if on_gpu else None
         return {
             **dataclasses.asdict(self.placement),
             "kernels": self.spec.kernels,
             "planned_device_gib": round(total_gib(device), 2),
             "planned_host_gib": round(total_gib(host), 2),
+            "planned_step_seconds": card
+            and round(step_seconds(self.spec.shape, self.settings, ranks, card, self.placement), 3),
             "bytes_per_element": compute_bytes(self.settings, on_gpu),
             "layer_gib": round(self.engine.store.layout.size / GIB, 4),
         }

@@ -56,6 +56,8 @@ def start(device: Any) -> Any:
 def summary(profiler: Any, device: Any, step_seconds: float) -> dict[str, Any]:
     """Stop it; classes and top kernels in ms, shares of the kernels' total, which may overlap on several streams."""
     profiler.stop()
+    busy_ms: float | None = None
+    alone_ms: dict[str, float] | None = None
     if device.type == "cuda":
         with tempfile.TemporaryDirectory(prefix="recipe-bench-trace-") as folder:
             path = Path(folder) / "trace.json"
@@ -67,13 +69,13 @@ def summary(profiler: Any, device: Any, step_seconds: float) -> dict[str, Any]:
             if event.get("cat") in KERNEL_CATEGORIES and "dur" in event
         ]
         busy_ms = covered(spans) / 1e3
+        alone_ms = alone(spans)
         kernels = totals((name, 1, duration / 1e3) for name, _, duration in spans)
     else:
-        busy_ms = None
         kernels = totals(
             (event.key, event.count, event.self_cpu_time_total / 1e3) for event in profiler.key_averages()
         )
-    return grouped(kernels, step_seconds * 1e3, busy_ms)
+    return grouped(kernels, step_seconds * 1e3, busy_ms, alone_ms)
 
 
 def totals(events: Iterable[tuple[str, int, float]]) -> dict[str, tuple[int, float]]:
@@ -93,7 +95,22 @@ def covered(spans: list[tuple[str, float, float]]) -> float:
     return total
 
 
-def grouped(kernels: dict[str, tuple[int, float]], step_ms: float, busy_ms: float | None) -> dict[str, Any]:
+def alone(spans: list[tuple[str, float, float]]) -> dict[str, float]:
+    """ms in which kernels of one class ran and no others: what a class costs that hides behind nothing."""
+    classes = {name: class_of(name) for name in {span[0] for span in spans}}
+    everything = covered(spans)
+    return {
+        each: (everything - covered([span for span in spans if classes[span[0]] != each])) / 1e3
+        for each in set(classes.values())
+    }
+
+
+def grouped(
+    kernels: dict[str, tuple[int, float]],
+    step_ms: float,
+    busy_ms: float | None,
+    alone_ms: dict[str, float] | None = None,
+) -> dict[str, Any]:
     total = sum(ms for _, ms in kernels.values()) or 1.0
     classes = dict.fromkeys((*CLASSES, OTHER), 0.0)
     for name, (_, ms) in kernels.items():
@@ -103,7 +120,15 @@ def grouped(kernels: dict[str, tuple[int, float]], step_ms: float, busy_ms: floa
         "step_ms": step_ms,
         "kernels_ms": total,
         "busy_ms": busy_ms,
-        "classes": [{"class": name, "ms": ms, "share": ms / total} for name, ms in classes.items()],
+        "classes": [
+            {
+                "class": name,
+                "ms": ms,
+                "share": ms / total,
+                "alone_ms": None if alone_ms is None else alone_ms.get(name, 0.0),
+            }
+            for name, ms in classes.items()
+        ],
         "top": [
             {"kernel": name, "class": class_of(name), "calls": calls, "ms": ms, "share": ms / total}
             for name, (calls, ms) in ranked

@@ -25,6 +25,7 @@ NAMES = (OURS, *EMULATIONS)
 ONE_RANK = ("trl",)  # plain Trainer: no sharding, one device
 TINY = ModelShape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=512)
 CPU_RANKS = 2
+DEFAULT_TOKENS, DEFAULT_STEPS = "4096,8192", 5
 # Forward, recomputed forward, input gradients: 2 N each. The frozen weights need no gradient.
 FLOP_PER_PARAMETER_AND_TOKEN = 6
 # NF4 in blocks of 64 with one byte of absmax, which share an fp32 constant in groups of 256.
@@ -56,6 +57,14 @@ class Spec:
     warm_up: int = 2
     micro_batches: int = 1
     seed: int = 0
+    checkpoint: str | None = None  # that ours loads, in place of random weights
+    cold: bool = True  # its pages dropped from the system's cache before
+    p2p: bool | None = None  # GPUs write into each other's memory; None: as NCCL and its environment decide
+
+    @property
+    def name(self) -> str:
+        """In the table, beside the tokens."""
+        return f"{self.variant} p2p" if self.p2p else self.variant
 
     @property
     def processes(self) -> int:
@@ -112,6 +121,27 @@ def specs_of(arguments: Namespace, machine: Machine) -> list[Spec]:
 
     Raises UserError where an option cannot be meant.
     """
+    names = _variants(arguments.against or ",".join(EMULATIONS), arguments.only or "none")
+    tokens = _lengths("--tokens", arguments.tokens or DEFAULT_TOKENS)
+    base = base_spec(arguments, machine)
+    if arguments.fake_ranks and names != [OURS]:
+        raise UserError("--fake-ranks stands for the peers of one GPU, expected --gpus 1 --only ours with it")
+    _check_figure(arguments.figure)
+    return [
+        dataclasses.replace(
+            base,
+            variant=name,
+            tokens=length,
+            ranks=1 if not base.gpus and name in ONE_RANK else base.ranks,
+            checkpoint=base.checkpoint if name == OURS else None,
+        )
+        for name in names
+        for length in ([FIXED_TOKENS[name]] if name in FIXED_TOKENS else tokens)
+    ]
+
+
+def base_spec(arguments: Namespace, machine: Machine) -> Spec:
+    """What all measurements of a request share, as one of ours."""
     there = len(machine.gpus)
     count = min(there, 1) if arguments.gpus is None else arguments.gpus
     if not 0 <= count <= there:
@@ -126,8 +156,6 @@ def specs_of(arguments: Namespace, machine: Machine) -> list[Spec]:
             f"--model-shape {arguments.model_shape}: {shape.parameters / 1e9:.1f} B parameters are too many for a CPU, "
             "expected --gpus 1 or more, or a small shape such as --model-shape tiny"
         )
-    names = _variants(arguments.against, arguments.only)
-    tokens = _lengths("--tokens", arguments.tokens)
     _at_least("--document-tokens", arguments.document_tokens, 2)
     _at_least("--steps", arguments.steps, 1)
     _at_least("--micro-batches", arguments.micro_batches, 1)
@@ -139,32 +167,28 @@ def specs_of(arguments: Namespace, machine: Machine) -> list[Spec]:
     keep = _layers("--keep", arguments.keep, shape)
     _one_of("--kernels", arguments.kernels, ("fused", "plain"))
     _at_least("--fake-ranks", arguments.fake_ranks, 2)
-    if arguments.fake_ranks and (count != 1 or names != [OURS]):
-        raise UserError("--fake-ranks stands for the peers of one GPU, expected --gpus 1 --only ours with it")
-    _check_figure(arguments.figure)
-    return [
-        Spec(
-            variant=name,
-            model_shape=arguments.model_shape,
-            shape=shape,
-            tokens=length,
-            document_tokens=arguments.document_tokens,
-            cap_gib=arguments.cap_gib,
-            gpus=count,
-            ranks=arguments.fake_ranks or count or (1 if name in ONE_RANK else CPU_RANKS),
-            fake_ranks=arguments.fake_ranks or 0,
-            keep=keep,
-            ram_gib=arguments.ram_gib,
-            kernels=arguments.kernels,
-            offload=offload,
-            dropout=arguments.dropout,
-            steps=arguments.steps,
-            profile=arguments.profile,
-            micro_batches=arguments.micro_batches,
-        )
-        for name in names
-        for length in ([FIXED_TOKENS[name]] if name in FIXED_TOKENS else tokens)
-    ]
+    if arguments.fake_ranks and count != 1:
+        raise UserError("--fake-ranks stands for the peers of one GPU, expected --gpus 1 with it")
+    return Spec(
+        variant=OURS,
+        model_shape=arguments.model_shape,
+        shape=shape,
+        tokens=0,
+        document_tokens=arguments.document_tokens,
+        cap_gib=arguments.cap_gib,
+        gpus=count,
+        ranks=arguments.fake_ranks or count or CPU_RANKS,
+        fake_ranks=arguments.fake_ranks or 0,
+        keep=keep,
+        ram_gib=arguments.ram_gib,
+        kernels=arguments.kernels,
+        offload=offload,
+        dropout=arguments.dropout,
+        steps=arguments.steps or DEFAULT_STEPS,
+        profile=arguments.profile,
+        micro_batches=arguments.micro_batches,
+        checkpoint=arguments.checkpoint and str(Path(arguments.checkpoint).resolve()),
+    )
 
 
 def _shape(name: str, layers: int | None) -> ModelShape:

@@ -43,7 +43,13 @@ def render(document: dict[str, Any]) -> str:
     for row in rows:
         if row["variant"] == OURS and row.get("details"):
             chosen = ", ".join(f"{name} {value}" for name, value in row["details"].items())
-            lines += textwrap.wrap(f"ours {row['tokens']}: {chosen}", WIDTH)
+            lines += textwrap.wrap(f"{row['name']} {row['tokens']}: {chosen}", WIDTH)
+        if row.get("checkpoint"):
+            rate = row["read_gib"] / row["build_seconds"]
+            lines.append(
+                f"{row['name']} {row['tokens']}: loaded {row['read_gib']:.1f} GiB ({row['checkpoint']}) in "
+                f"{row['build_seconds']:.1f} s, {rate:.1f} GiB/s; first step {row['first_step_seconds']:.1f} s"
+            )
     for row in rows:
         if row.get("profile"):
             lines += ["", *_profile(row)]
@@ -58,10 +64,10 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours at its fastest length over each other way at its fastest."""
+    """Ours at its fastest length over each other way at its fastest; without P2P, which the others have not."""
 
     def best(variant: str) -> dict[str, Any] | None:
-        done = [row for row in rows if row["variant"] == variant and row["status"] == "measured"]
+        done = [row for row in rows if row["name"] == variant and row["status"] == "measured"]
         return max(done, key=lambda row: row["tokens_per_second"], default=None)
 
     ours = best(OURS)
@@ -110,7 +116,7 @@ def _heading(document: dict[str, Any]) -> list[str]:
 
 
 def _row(row: dict[str, Any]) -> list[str]:
-    start = [row["variant"], str(row["tokens"])]
+    start = [row["name"], str(row["tokens"])]
     if row["status"] != "measured":
         cap = f" (cap {row['cap_gib']:g} GiB)" if row["status"] == "out_of_memory" and row["cap_gib"] else ""
         indent = " " * (sum(abs(column[2]) for column in COLUMNS[:2]) + 2)
@@ -166,11 +172,12 @@ def _profile(row: dict[str, Any]) -> list[str]:
     profile = row["profile"]
     busy = profile["busy_ms"]
     lines = [
-        f"{row['variant']} {row['tokens']}: one step of {profile['step_ms']:.1f} ms under the profiler, kernels "
+        f"{row['name']} {row['tokens']}: one step of {profile['step_ms']:.1f} ms under the profiler, kernels "
         f"{profile['kernels_ms']:.1f} ms" + (f", busy {busy:.1f} ms" if busy is not None else "")
     ]
     for entry in profile["classes"]:
-        lines.append(f"  {entry['class']:<20}{entry['ms']:>10.1f} ms{100 * entry['share']:>7.1f} %")
+        lonely = f"{entry['alone_ms']:>10.1f} ms alone" if entry["alone_ms"] is not None else ""
+        lines.append(f"  {entry['class']:<20}{entry['ms']:>10.1f} ms{100 * entry['share']:>7.1f} %{lonely}")
     for entry in profile["top"]:
         start = f"  {entry['ms']:>10.1f} ms{100 * entry['share']:>6.1f} %{entry['calls']:>7} × "
         lines.append(start + entry["kernel"][: WIDTH - len(start)])
@@ -184,18 +191,11 @@ def figure(document: dict[str, Any]) -> str:
     width, height = 760, top + pitch * len(rows) + 44
     fastest = max((row.get("tokens_per_second_max", 0) for row in rows), default=0) or 1
     scale = (width - left - right) / fastest
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" font-family="system-ui, sans-serif" font-size="13">',
-        f"<title>{escape('Tokens per second: ' + model_line(document))}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _text(16, 26, "Tokens per second, more is better", "#111827", size=16),
-        _text(16, 46, f"{model_line(document)}; {machine_line(document)}", "#4b5563"),
-    ]
+    parts = _ground(width, height, "Tokens per second, more is better", document)
     for index, row in enumerate(rows):
         y = top + index * pitch
         middle = y + 12
-        parts.append(_text(left - 10, y + 17, f"{row['variant']} {row['tokens']}", "#111827", "end"))
+        parts.append(_text(left - 10, y + 17, f"{row['name']} {row['tokens']}", "#111827", "end"))
         if row["status"] != "measured":
             parts.append(_text(left, y + 17, textwrap.shorten(verdict(row), 80), "#b45309"))
             continue
@@ -215,6 +215,71 @@ def figure(document: dict[str, Any]) -> str:
     foot += f"; GiB reserved per GPU, capped at {cap:g}" if cap else ""
     parts += [_text(16, height - 16, foot, "#4b5563", size=11), "</svg>"]
     return "\n".join(parts) + "\n"
+
+
+def time_figure(document: dict[str, Any]) -> str:
+    """Where the time of one step goes, for each profiled row: a bar a class, dark where nothing else ran meanwhile."""
+    rows = [row for row in document["results"] if row.get("profile")]
+    shown = {row["name"]: [each for each in row["profile"]["classes"] if each["ms"]] for row in rows}
+    left, right, top, pitch = 150, 190, 64, 22
+    width = 760
+    height = top + sum((len(classes) + 2) * pitch for classes in shown.values()) + 30
+    longest = max((row["profile"]["step_ms"] for row in rows), default=1)
+    scale = (width - left - right) / longest
+    parts = [*_ground(width, height, "Where the time of a step goes", document)]
+    y = top
+    for row in rows:
+        step = row["profile"]["step_ms"]
+        parts.append(_text(16, y + 16, f"{row['name']} {row['tokens']}: a step of {step:.0f} ms", "#111827"))
+        y += pitch
+        for each in shown[row["name"]]:
+            alone = each["alone_ms"]
+            said = f"{each['ms']:.0f} ms" + ("" if alone is None else f", alone {alone:.0f}")
+            parts += [
+                _text(left - 10, y + 15, each["class"], "#111827", "end", 12),
+                *(
+                    f'<rect x="{left}" y="{y + 3}" width="{ms * scale:.1f}" height="{pitch - 6}" fill="{color}"/>'
+                    for ms, color in ((each["ms"], "#a7d3b9"), (alone or 0.0, COLORS[OURS]))
+                ),
+                _text(left + each["ms"] * scale + 8, y + 15, said, "#111827", size=12),
+            ]
+            y += pitch
+        y += pitch
+    foot = "kernels of one rank, one step under torch.profiler; dark: nothing else ran at that time"
+    parts += [_text(16, height - 12, foot, "#4b5563", size=11), "</svg>"]
+    return "\n".join(parts) + "\n"
+
+
+def _ground(width: int, height: int, title: str, document: dict[str, Any]) -> list[str]:
+    """The beginning of a figure: what it shows, of which model, on which machine."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" font-family="system-ui, sans-serif" font-size="13">',
+        f"<title>{escape(f'{title}: {model_line(document)}')}</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        _text(16, 26, title, "#111827", size=16),
+        _text(16, 46, f"{model_line(document)}; {machine_line(document)}", "#4b5563"),
+    ]
+
+
+def verdict_lines(verdicts: list[dict[str, Any]]) -> list[str]:
+    """What was promised, what was found, and whether that will do."""
+    marks = {True: "met", False: "MISSED", None: "rehearsal"}
+    widths = [
+        max((len(verdict[key]) for verdict in verdicts), default=0) for key in ("what", "must", "found")
+    ]
+    return [
+        "  ".join(
+            [
+                *(
+                    verdict[key].ljust(width)
+                    for key, width in zip(("what", "must", "found"), widths, strict=True)
+                ),
+                marks[verdict["met"]],
+            ]
+        )
+        for verdict in verdicts
+    ]
 
 
 def _text(x: float, y: float, text: str, color: str, anchor: str = "start", size: int = 13) -> str:

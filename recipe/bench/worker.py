@@ -81,12 +81,13 @@ def measure(spec: Spec, rank: int) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     say(rank, f"building, matmul {matmul_tflops:.{0 if matmul_tflops > 10 else 3}f} TFLOP/s")
+    read_before = bytes_read()
     started = time.perf_counter()
     program = VARIANTS[spec.variant](spec, device, mesh)
     clock = Clock(spec, device, rank)
     clock.synchronize()
     build_seconds = time.perf_counter() - started
-    built = memory_of(device)
+    built, read = memory_of(device), bytes_read() - read_before
     say(rank, f"built in {build_seconds:.1f} s")
     losses = program.train(clock) if hasattr(program, "train") else drive(program, spec, clock)
     for step, loss in enumerate(losses, 1):
@@ -100,6 +101,8 @@ def measure(spec: Spec, rank: int) -> dict[str, Any]:
         "matmul_size": MATMUL_SIZE[device.type],
         "build_seconds": build_seconds,
         "build_peak_allocated_gib": built["peak_allocated_gib"],
+        "read_gib": read / GIB,
+        "first_step_seconds": clock.first_seconds,
         "step_seconds": clock.seconds,
         "timed_from": clock.timed_from,
         "timed_to": clock.timed_to,
@@ -178,6 +181,7 @@ class Clock:
     def __init__(self, spec: Spec, device: torch.device, rank: int):
         self.spec, self.device, self.rank = spec, device, rank
         self.seconds: list[float] = []
+        self.first_seconds = 0.0
         self.memory: dict[str, Any] = {}
         self.profile: dict[str, Any] | None = None
         self.timed_from = self.timed_to = 0.0  # time.monotonic(), which is the same clock in the parent
@@ -211,6 +215,8 @@ class Clock:
             if self._profiler is not None:
                 self.profile = profile.summary(self._profiler, self.device, seconds)
             return
+        if index == 0:
+            self.first_seconds = seconds
         kind = "warm-up" if index < self.spec.warm_up else "step"
         say(self.rank, f"{kind} {index + 1} of {last + 1}: {seconds:.3f} s")
         if kind == "step":
@@ -218,6 +224,12 @@ class Clock:
         if index == last:
             self.timed_to = time.monotonic()
             self.memory = memory_of(self.device)
+
+
+def bytes_read() -> int:
+    """That this process has asked the system for."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"])
 
 
 def memory_of(device: torch.device) -> dict[str, Any]:

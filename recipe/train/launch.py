@@ -283,7 +283,7 @@ class Standing:
         if now < self.next_look:
             return None
         self.next_look = now + 1
-        ranks = dict(_ranks(process))
+        ranks = dict(ranks_of(process))
         stopped = {pid: rank for pid, rank in ranks.items() if _is_stopped(pid)}
         self.since = {pid: self.since.get(pid, now) for pid in stopped} if len(stopped) < len(ranks) else {}
         return next(
@@ -297,7 +297,7 @@ def _is_stopped(pid: int) -> bool:
     return False
 
 
-def _ranks(process: subprocess.Popen) -> Iterator[tuple[int, int]]:
+def ranks_of(process: subprocess.Popen) -> Iterator[tuple[int, int]]:
     """(process, rank) of the ranks that run now."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -308,7 +308,7 @@ def _ranks(process: subprocess.Popen) -> Iterator[tuple[int, int]]:
 
 def _signal_workers(process: subprocess.Popen, number: int, told: set[int]) -> None:
     """To the ranks only, each once, also to those that start later: the launchers would end them at once, unsaved."""
-    for pid, _ in _ranks(process):
+    for pid, _ in ranks_of(process):
         if pid not in told:
             told.add(pid)
             with contextlib.suppress(ProcessLookupError):

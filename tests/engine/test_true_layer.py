@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipe.bench.load import write_random_checkpoint
+from recipe.bench.checkpoint import write_random_checkpoint
 from recipe.engine.build import Build
 from recipe.engine.engine import Batch
 from recipe.engine.load import load_sharded

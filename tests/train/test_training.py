@@ -353,7 +353,7 @@ def test_a_rank_that_alone_stands_still_is_found(monkeypatch):
     launcher = subprocess.Popen(["bash", "-c", f"for r in 0 1; do {rank} done; wait"])
     try:
         limit = time.monotonic() + 10
-        while len(found := {rank: pid for pid, rank in launch._ranks(launcher)}) < 2:
+        while len(found := {rank: pid for pid, rank in launch.ranks_of(launcher)}) < 2:
             assert time.monotonic() < limit
         assert launch.Standing().look(launcher) is None
         os.kill(found[1], signal.SIGSTOP)

@@ -1,43 +1,59 @@
-"""From a prepared checkpoint on disk to the first step: seconds, bytes read, and host RAM.
+"""A prepared checkpoint of a model's true shape without the model: random bytes in the true layout, with checksums.
 
-    python -m recipe.bench.load --model-shape llama-3.1-70b --folder /scratch/random-70b --cap-gib 22.5
-
-The checkpoint is made once, of random bytes in the true layout with checksums (37 GiB for 70B); its pages are dropped
-from the cache before the measurement, which runs in this process: start it afresh for each.
+For 70B it has 37 GiB. What reads it cannot tell it from one of `recipe prepare`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from recipe.bench.ours import Ours
-from recipe.bench.sample import Sampler
-from recipe.bench.spec import GIB, TINY, Spec
-from recipe.bench.worker import cap_allocator
 from recipe.checksums import BlockChecksums, sidecar
 from recipe.engine.checkpoint import INDEX
 from recipe.engine.layout import BLOCK, MODULES, NESTED_BLOCK
 from recipe.engine.load import STATE
 from recipe.engine.random import DEVIATION, NF4_DEVIATION, random_config
+from recipe.errors import UserError
 from recipe.files import require_space, write_bytes, write_json
-from recipe.plan.shapes import ModelShape, shape_of
+from recipe.plan.shapes import ModelShape, shape_from_config
 
 LAYERS_PER_FILE = 4
 REPEATED_BYTES = 64 * 2**20  # of randomness, written over and over
+DISK_PIECE = 8 * 2**20
 
 
-def write_random_checkpoint(folder: Path, shape: ModelShape) -> None:
-    """An NF4 checkpoint as `recipe prepare` leaves it, of random values."""
+def ensure_checkpoint(folder: Path, shape: ModelShape) -> None:
+    """One of that shape in `folder`, made unless it is there. Raises UserError where something else is."""
+    config = folder / "config.json"
+    if not config.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"--checkpoint: {folder} has no config.json, expected a prepared checkpoint, or a new folder to make one in"
+            )
+        # Made aside: a folder that has its name is whole.
+        aside = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        write_random_checkpoint(aside, shape)
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
+    found = shape_from_config(json.loads(config.read_text()), str(config))
+    if found != shape:
+        raise UserError(
+            f"--checkpoint: {folder} holds a model of {found.layers} layers of {found.hidden}, expected {shape.layers} "
+            f"of {shape.hidden} as --model-shape says; name another folder"
+        )
+
+
+def write_random_checkpoint(folder: Path, shape: ModelShape, deviation: float = DEVIATION) -> None:
+    """An NF4 checkpoint as `recipe prepare` leaves it, of random values; deviation: of the decoder layers' weights."""
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, shape.parameters * 0.6 + shape.embedding_parameters * 4, "the random checkpoint")
     random = torch.randint(0, 256, (REPEATED_BYTES,), dtype=torch.uint8).numpy().tobytes()
@@ -49,7 +65,9 @@ def write_random_checkpoint(folder: Path, shape: ModelShape) -> None:
 
     def write(number: int) -> dict[str, str]:
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = [tensor for layer in files[number - 1] for tensor in _layer_tensors(shape, layer)]
+        tensors = [
+            tensor for layer in files[number - 1] for tensor in _layer_tensors(shape, layer, deviation)
+        ]
         if number == len(files):
             tensors += list(_other_tensors(shape))
         _write_file(folder / name, tensors, random)
@@ -67,10 +85,10 @@ def write_random_checkpoint(folder: Path, shape: ModelShape) -> None:
 Tensor = tuple[str, str, tuple[int, ...], bytes | None]
 
 
-def _layer_tensors(shape: ModelShape, layer: int) -> Iterator[Tensor]:
+def _layer_tensors(shape: ModelShape, layer: int, deviation: float) -> Iterator[Tensor]:
     from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
-    offset = DEVIATION / NF4_DEVIATION
+    offset = deviation / NF4_DEVIATION
     code = create_dynamic_map().float().numpy().tobytes()
     values = get_4bit_type("nf4", device="cpu").float().numpy().tobytes()
     for module, (outputs, inputs) in shape.linears.items():
@@ -141,72 +159,28 @@ def _repeat(write, content: bytes, size: int) -> None:
 
 
 def drop_from_cache(folder: Path) -> None:
+    """So that the next read of its files comes from the disk."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def bytes_read() -> int:
-    """That this process has asked the system for."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["rchar"])
+def disk_rate(folder: Path, size: int, readers: int) -> float:
+    """Bytes a second that the disk gives to so many readers of the largest files in `folder`, past the cache."""
+    drop_from_cache(folder)
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: -path.stat().st_size)[:readers]
 
+    def read(path: Path) -> int:
+        done = 0
+        with open(path, "rb", buffering=0) as file:
+            while done < size // len(files) and (piece := file.read(DISK_PIECE)):
+                done += len(piece)
+        return done
 
-def measure(folder: Path, spec: Spec) -> dict:
-    """Load as one rank and do one step of `spec.tokens`."""
-    device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = dist.init_device_mesh(device.type, (1,))
-    cap_allocator(spec, device)
-    started, before = time.perf_counter(), bytes_read()
-    with Sampler(os.getpid(), []) as samples:
-        program = Ours(spec, device, mesh, folder)
-        if spec.on_gpu:
-            torch.cuda.synchronize()
-        loaded, read = time.perf_counter(), bytes_read() - before
-        loss = program.step(torch.randint(0, spec.shape.vocab, (spec.tokens,)), spec.document_lengths).item()
-        program.optimizer_step()
-        ended = time.perf_counter()
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    pools = program.engine.store.pool.nbytes + program.engine.activations.pool.nbytes
-    dist.destroy_process_group()
-    return {
-        "load_seconds": loaded - started,
-        "first_step_seconds": ended - loaded,
-        "read_gib": read / GIB,
-        "checkpoint_gib": stored / GIB,
-        "gib_per_second": read / GIB / (loaded - started),
-        "peak_host_ram_gib": samples.peak.total / GIB,
-        "pinned_gib": pools / GIB,
-        "offloaded_layers": program.placement.offload_layers,
-        "loss": loss,
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model-shape", default="llama-3.1-70b")
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--cap-gib", type=float, default=22.5)
-    parser.add_argument("--ram-gib", type=float, default=42.0)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--gpus", type=int, default=int(torch.cuda.is_available()))
-    arguments = parser.parse_args()
-    name = arguments.model_shape
-    spec = Spec(
-        variant="ours", model_shape=name, shape=TINY if name == "tiny" else shape_of(name), tokens=arguments.tokens,
-        document_tokens=None, cap_gib=arguments.cap_gib, gpus=arguments.gpus, ranks=1, offload="auto", dropout=0.05,
-        steps=1, ram_gib=arguments.ram_gib,
-    )  # fmt: skip
-    if not (arguments.folder / "config.json").exists():
-        started = time.perf_counter()
-        write_random_checkpoint(arguments.folder, spec.shape)
-        print(f"written in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    drop_from_cache(arguments.folder)
-    print(json.dumps(measure(arguments.folder, spec), indent=2))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(files)) as pool:
+        total = sum(pool.map(read, files))
+    rate = total / (time.perf_counter() - started)
+    drop_from_cache(folder)
+    return rate
