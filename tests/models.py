@@ -112,15 +112,16 @@ def source_of(prepared: Path) -> Path:
     return prepared.parents[1] / "source"
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, method: str = "forkserver") -> list[Any]:
     """Call `function(mesh, *args)` on `world` real processes joined by gloo; what each returned, by rank.
 
     `function` stands at the top of a module. A rank that raises ends the others, and its traceback is the test's.
+    method: "spawn" for ranks that use a GPU, which no forked process can where what it was forked from looked at one.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
         torch.multiprocessing.start_processes(
-            _rank, (world, scratch, function, args), nprocs=world, start_method="forkserver"
+            _rank, (world, scratch, function, args), nprocs=world, start_method=method
         )
         return [torch.load(_result(scratch, rank), weights_only=False) for rank in range(world)]
 

@@ -72,7 +72,8 @@ def compare(folder, device, dtype):
     """How far each way of one and of two ranks is off from one rank that holds all; (name, loss, worst gradient)."""
 
     def run(world, options):
-        ranks = run_ranks(world, one_step, folder, device, dtype, options)
+        method = "spawn" if device == "cuda" else "forkserver"
+        ranks = run_ranks(world, one_step, folder, device, dtype, options, method=method)
         return sum(loss for loss, _ in ranks) / world, whole([gradients for _, gradients in ranks])
 
     loss, gradients = run(1, RESIDENT)
