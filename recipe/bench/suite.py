@@ -21,7 +21,7 @@ from typing import Any
 from recipe import bench
 from recipe.bench import table
 from recipe.bench.spec import FIXED_TOKENS, GIB, Spec, base_spec
-from recipe.bench.verdicts import verdicts
+from recipe.bench.verdicts import HOST_GIB, verdicts
 from recipe.errors import UserError
 from recipe.files import write_json, write_text
 from recipe.hardware import Gpu, Machine, probe
@@ -77,6 +77,7 @@ def requested(arguments: Namespace, machine: Machine) -> tuple[Spec, Path]:
     if not tokens.isdecimal() or int(tokens) < 2:
         raise UserError(f"--tokens is `{tokens}`, expected one whole number of at least 2 with --suite")
     arguments.steps = arguments.steps or STEPS
+    arguments.ram_gib = arguments.ram_gib or HOST_GIB
     base = base_spec(arguments, machine)
     if base.ranks != RANKS or base.micro_batches != 1:
         raise UserError(
@@ -121,8 +122,8 @@ class Suite:
         )
         return [
             ours,
-            dataclasses.replace(ours, p2p=True, cold=False),
             *(dataclasses.replace(others, variant=name, tokens=FIXED_TOKENS[name]) for name in FIXED_TOKENS),
+            dataclasses.replace(ours, p2p=True, cold=False),
         ]
 
     @contextlib.contextmanager
