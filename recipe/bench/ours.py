@@ -37,7 +37,12 @@ def settings_of(spec: Spec) -> Settings:
                 "micro_batch_tokens": max(16, spec.tokens),
                 "global_batch_tokens": max(16, spec.tokens) * spec.ranks,
             },
-            "compute": {"offload_layers": spec.offload, "keep_layers": spec.keep, "kernels": spec.kernels},
+            "compute": {
+                "offload_layers": spec.offload,
+                "keep_layers": spec.keep,
+                "kernels": spec.kernels,
+                "dtype": spec.dtype if spec.on_gpu else "fp32",
+            },
         }
     )
 
@@ -56,7 +61,7 @@ class Ours:
         self.spec, self.device, self.mesh = spec, device, mesh
         self.settings = settings_of(spec)
         on_gpu = device.type == "cuda"
-        dtype = torch.bfloat16 if on_gpu else torch.float32
+        dtype = torch.bfloat16 if on_gpu and spec.dtype == "bf16" else torch.float32
         card = torch.cuda.get_device_name(device) if on_gpu else None
         self.placement = placement_of(spec, self.settings, card)
         build = Build(
@@ -64,7 +69,7 @@ class Ours:
             mesh=mesh,
             device=device,
             dtype=dtype,
-            attention="varlen" if on_gpu else "sdpa",
+            attention="varlen" if dtype == torch.bfloat16 else "sdpa",
             placement=self.placement,
             max_tokens=spec.tokens,
             kernels=spec.kernels,

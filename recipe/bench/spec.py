@@ -59,6 +59,7 @@ class Spec:
     seed: int = 0
     checkpoint: str | None = None  # that ours loads, in place of random weights
     cold: bool = True  # its pages dropped from the system's cache before
+    dtype: str = "bf16"  # of the arithmetic of ours on a GPU, or fp32; a CPU has fp32 only
     p2p: bool | None = None  # GPUs write into each other's memory; None: as NCCL and its environment decide
 
     @property

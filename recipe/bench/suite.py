@@ -28,7 +28,10 @@ from recipe.hardware import Gpu, Machine, probe
 
 TWO_CARDS = "two-cards"
 RANKS = 2
-TOKENS = 8192
+TOKENS, DOCUMENT_TOKENS = (
+    8192,
+    4096,
+)  # documents as long as fsdp_qlora's rows: attention costs the same a token
 STEPS = 3
 WARM_UP = 1  # the placement is fixed and the kernels are compiled by then
 PARITY_LAYERS = 8
@@ -77,6 +80,7 @@ def requested(arguments: Namespace, machine: Machine) -> tuple[Spec, Path]:
     if not tokens.isdecimal() or int(tokens) < 2:
         raise UserError(f"--tokens is `{tokens}`, expected one whole number of at least 2 with --suite")
     arguments.steps = arguments.steps or STEPS
+    arguments.document_tokens = arguments.document_tokens or DOCUMENT_TOKENS
     arguments.ram_gib = arguments.ram_gib or HOST_GIB
     base = base_spec(arguments, machine)
     if base.ranks != RANKS or base.micro_batches != 1:
@@ -123,7 +127,7 @@ class Suite:
         return [
             ours,
             *(dataclasses.replace(others, variant=name, tokens=FIXED_TOKENS[name]) for name in FIXED_TOKENS),
-            dataclasses.replace(ours, p2p=True, cold=False),
+            dataclasses.replace(ours, p2p=True, cold=False, profile=False),
         ]
 
     @contextlib.contextmanager
@@ -163,21 +167,26 @@ class Suite:
         with self.stage("parity"):
             write_random_checkpoint(folder, shape, DEVIATION)
             found: dict[str, Any] = {"layers": shape.layers}
-            for ranks in (1, self.base.processes):
-                spec = dataclasses.replace(
-                    self.base,
-                    shape=shape,
-                    checkpoint=str(folder),
-                    tokens=min(self.base.tokens, PARITY_TOKENS),
-                    dropout=0.0,
-                    ranks=ranks,
-                    fake_ranks=0,
-                    gpus=min(self.base.gpus, ranks),
-                    keep=0,
-                    # One rank has all on its device, two have half of it on the host.
-                    offload=0 if ranks == 1 else shape.layers // 2,
-                )
-                found[f"of_{ranks}"] = self._ranks("recipe.bench.parity", spec, reference)
+            for dtype in ("bf16", "fp32") if self.gpus else ("fp32",):
+                reference.unlink(missing_ok=True)
+                found[dtype] = []
+                for ranks in (1, self.base.processes):
+                    spec = dataclasses.replace(
+                        self.base,
+                        shape=shape,
+                        checkpoint=str(folder),
+                        tokens=min(self.base.tokens, PARITY_TOKENS),
+                        document_tokens=None,
+                        dropout=0.0,
+                        dtype=dtype,
+                        ranks=ranks,
+                        fake_ranks=0,
+                        gpus=min(self.base.gpus, ranks),
+                        keep=0,
+                        # One rank has all on its device, two have half of it on the host.
+                        offload=0 if ranks == 1 else shape.layers // 2,
+                    )
+                    found[dtype].append(self._ranks("recipe.bench.parity", spec, reference))
             self.document["parity"] = found
 
     def _ranks(self, module: str, spec: Spec, *arguments: Path) -> dict[str, Any]:
@@ -185,7 +194,7 @@ class Suite:
         write_json(spec_file, spec.to_dict())
         result.unlink(missing_ok=True)
         command = bench.launcher(spec.processes, module, *map(str, (spec_file, result, *arguments)))
-        bench.say(f"parity: {spec.ranks} of {RANKS} ranks")
+        bench.say(f"parity: {spec.ranks} of {RANKS} ranks, {spec.dtype}")
         with bench.Watched("parity", command, bench.environment(spec, self.gpus[: spec.gpus])) as program:
             code = program.wait()
         return json.loads(result.read_text()) if code == 0 else failure(code, program.log)

@@ -15,7 +15,9 @@ HOST_GIB = 32
 SECONDS_TO_FIRST_STEP, AT_BYTES_PER_SECOND = 60, 2e9
 MEMORY_OFF, TIME_OFF = 0.03, 0.15
 NCCL_ALONE = 0.05
-LOSS_OFF, GRADIENT_OFF = 1e-4, 2e-2  # bf16; README of the numbers: docs/benchmarks.md
+# Relative, of the loss and of the worst gradient. In bf16 two ways round apart by as much as each of them is off: plain
+# transformers + PEFT by 3.6e-2 from its own fp32 (docs/benchmarks.md). In fp32 only the order of sums is left.
+OFF = {"bf16": (1e-4, 4e-2), "fp32": (1e-6, 1e-5)}
 NOTICED_SECONDS = 60
 
 Judged = tuple[str, str, str, bool]  # what, must, found, met
@@ -97,17 +99,17 @@ def _plan(document: dict[str, Any]) -> Iterator[Judged]:
 
 
 def _parity(document: dict[str, Any]) -> Iterator[Judged]:
-    runs = [run for name, run in document["parity"].items() if name.startswith("of_")]
-    what = "two ranks against one, bf16: "
-    if any("failed" in run for run in runs):
-        yield what + "loss, gradients", "are compared", "failed", False
-        return
-    one, two = runs[0], runs[-1]
-    loss = abs(two["loss"] / one["loss"] - 1)
-    yield what + "loss", f"within {LOSS_OFF:g}", f"{loss:.1e}", loss <= LOSS_OFF
-    if "worst" in two:
-        worst = two["worst"]
-        yield what + "worst gradient", f"within {GRADIENT_OFF:g}", f"{worst:.1e}", worst <= GRADIENT_OFF
+    for dtype, (loss_off, gradient_off) in OFF.items():
+        if dtype not in document["parity"]:  # CPUs know fp32 only
+            continue
+        one, two = document["parity"][dtype]
+        what = f"two ranks against one, {dtype}: "
+        if "failed" in one or "failed" in two:
+            yield what + "loss, gradients", "are compared", "failed", False
+            continue
+        loss, worst = abs(two["loss"] / one["loss"] - 1), two["worst"]
+        yield what + "loss", f"within {loss_off:g}", f"{loss:.1e}", loss <= loss_off
+        yield what + "worst gradient", f"within {gradient_off:g}", f"{worst:.1e}", worst <= gradient_off
 
 
 def _drill(document: dict[str, Any]) -> Iterator[Judged]:

@@ -39,9 +39,10 @@ ACCELERATE_CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "g
 PACKAGE_PARENT = Path(__file__).parent.parent.parent
 WORKER = "recipe.train.worker"
 POLL_SECONDS = 0.2
-STOPPED_SECONDS = (
-    20.0  # the others wait for a rank that stands still, without a word and with their GPUs at work
-)
+# A rank that has lost its peers fails within one. One that waits for them inside NCCL does not hear the launcher either,
+# which would give it 30 seconds (33 were measured on two GPUs).
+ALONE_SECONDS = 5.0
+STOPPED_SECONDS = 20.0  # the others wait for a rank that stands still, their GPUs at work, without a word
 
 
 def say(text: str) -> None:
@@ -194,12 +195,13 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
         )
     say(f"starting {plan.world_size} ranks (log: {run.log})")
     told: set[int] = set()
-    standing = Standing()
+    standing, alone = Standing(), Alone(run, log_start)
     try:
         with Progress(run, settings.train.log_every) as progress:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 progress.update()
+                alone.look(process)
                 if stopped := standing.look(process):
                     rank, pid = stopped
                     _kill(process)
@@ -245,14 +247,23 @@ def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], log_start: 
 
 def _raise_if_killed(run: Run, log_start: int) -> None:
     """Where the launcher saw a rank end by a signal first, the others' complaints about lost connections say nothing."""
-    log = run.log.read_bytes()[log_start:].decode(errors="replace")
-    if found := re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)", log):
-        number, rank = int(found[1]), found[2]
+    code, rank = _failed_rank(run, log_start) or (0, 0)
+    if code < 0:
+        number = -code
         why = "; often the kernel's, when RAM runs out (see dmesg)" if number == signal.SIGKILL else ""
         raise Refused(
             f"training ended: rank {rank} was killed by {signal.Signals(number).name}{why}; log: {run.log}; "
             f"go on with RUN={run.name}"
         )
+
+
+def _failed_rank(run: Run, log_start: int) -> tuple[int, int] | None:
+    """Exit code and rank of the first one that the launcher saw fail."""
+    with open(run.log, "rb") as log:
+        log.seek(log_start)
+        text = log.read().decode(errors="replace")
+    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _raise(error: dict[str, Any], run: Run) -> None:
@@ -265,6 +276,27 @@ def _raise(error: dict[str, Any], run: Run) -> None:
         f"training failed on rank {error['rank']}: {summary} (log: {run.log}); "
         f"after a fix go on with RUN={run.name}"
     )
+
+
+class Alone:
+    """Ends the ranks that a failed one has left behind, once the launcher has seen it fail and given them time."""
+
+    def __init__(self, run: Run, log_start: int):
+        self.run, self.log_start = run, log_start
+        self.since: float | None = None
+        self.next_look = 0.0
+
+    def look(self, process: subprocess.Popen) -> None:
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + 1
+        if self.since is None:
+            self.since = now if _failed_rank(self.run, self.log_start) else None
+        elif now - self.since >= ALONE_SECONDS:
+            for pid, _ in ranks_of(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 class Standing:
