@@ -42,6 +42,7 @@ POLL_SECONDS = 0.2
 # A rank that has lost its peers fails within one. One that waits for them inside NCCL does not hear the launcher either,
 # which would give it 30 seconds (33 were measured on two GPUs).
 ALONE_SECONDS = 5.0
+CLOSING = "closing signal"  # torchrun's word to the others; who has failed it says when all are gone
 STOPPED_SECONDS = 20.0  # the others wait for a rank that stands still, their GPUs at work, without a word
 
 
@@ -257,12 +258,15 @@ def _raise_if_killed(run: Run, log_start: int) -> None:
         )
 
 
+def _log_since(run: Run, start: int) -> str:
+    with open(run.log, "rb") as log:
+        log.seek(start)
+        return log.read().decode(errors="replace")
+
+
 def _failed_rank(run: Run, log_start: int) -> tuple[int, int] | None:
     """Exit code and rank of the first one that the launcher saw fail."""
-    with open(run.log, "rb") as log:
-        log.seek(log_start)
-        text = log.read().decode(errors="replace")
-    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
+    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", _log_since(run, log_start))
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -292,7 +296,7 @@ class Alone:
             return
         self.next_look = now + 1
         if self.since is None:
-            self.since = now if _failed_rank(self.run, self.log_start) else None
+            self.since = now if CLOSING in _log_since(self.run, self.log_start) else None
         elif now - self.since >= ALONE_SECONDS:
             for pid, _ in ranks_of(process):
                 with contextlib.suppress(ProcessLookupError):

@@ -368,3 +368,30 @@ def test_a_rank_that_alone_stands_still_is_found(monkeypatch):
         for member in family(launcher):
             member.kill()
         launcher.wait()
+
+
+HANGS = """import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_hears_nothing_does_not_wait_for_a_dead_one(monkeypatch, tmp_path):
+    """As inside NCCL: the launcher would give it 30 seconds. Who died first is still named."""
+    monkeypatch.setattr(launch, "ALONE_SECONDS", 1.0)
+    run = Run(tmp_path)
+    (tmp_path / "hangs.py").write_text(HANGS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with open(run.log, "wb") as log:
+        launcher = subprocess.Popen(
+            [*torchrun, str(tmp_path / "hangs.py"), launch.WORKER], stdout=log, stderr=log
+        )
+    alone, closing = launch.Alone(run, 0), None
+    while launcher.poll() is None:
+        alone.look(launcher)
+        closing = closing or (time.monotonic() if launch.CLOSING in run.log.read_text() else None)
+        time.sleep(0.1)
+    assert time.monotonic() - closing < 15
+    assert launch._failed_rank(run, 0) == (-9, 1)

@@ -1,0 +1,188 @@
+"""`recipe bench --suite two-cards`, rehearsed as a whole on two CPU ranks; and what it makes of what it finds."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+from recipe import bench, cli
+from recipe.bench import drill, profile, suite
+from recipe.bench.verdicts import verdicts
+from tests.bench.rows import a_document, a_row
+
+ROOT = Path(__file__).parent.parent.parent
+REHEARSAL = ("bench", "--suite", "two-cards", "--gpus", "0", "--model-shape", "tiny", "--tokens", "64")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """(folder of the results, its JSON, what was printed)."""
+    folder = tmp_path_factory.mktemp("suite") / "results"
+    done = subprocess.run(
+        [sys.executable, "-m", "recipe", *REHEARSAL, "--steps", "1", "--output", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "two-cards.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_all_stages_run_and_nothing_is_judged(rehearsed):
+    _, document, printed = rehearsed
+    assert [row["name"] for row in document["results"]] == ["ours", "article", "fsdp_qlora", "ours p2p"]
+    assert all(row["status"] == "measured" and row["ranks"] == 2 for row in document["results"])
+    assert document["results"][0]["checkpoint"] == "cold" and document["disk"]["bytes_per_second"] > 0
+    assert {stage["name"] for stage in document["stages"]} >= {"checkpoint", "parity", "drill", "disk"}
+    assert {verdict["met"] for verdict in document["verdicts"]} == {None}
+    assert printed.count("rehearsal\n") == len(document["verdicts"]) > 10
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_gradients_of_one(rehearsed):
+    one, two = rehearsed[1]["parity"]["fp32"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert two["matrices"] == 2 * 14 and two["worst"] < 1e-5
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_drill_hurts_a_run_twice_and_loses_nothing(rehearsed):
+    found = rehearsed[1]["drill"]
+    assert "rank 1 was killed by SIGKILL" in found["killed"]["message"]
+    assert "was stopped (SIGSTOP)" in found["stopped"]["message"]
+    for name, step in (("killed", drill.KILL_AT), ("stopped", drill.STOP_AT)):
+        hurt = found[name]
+        assert hurt["exit_code"] == 1 and hurt["of"] == 2 and hurt["ranks_left"] == 0
+        assert hurt["noticed_seconds"] < 60 and hurt["steps_done"] >= step
+        assert hurt["steps_done"] - int(hurt["last_checkpoint"].removeprefix("step-")) <= drill.SAVE_EVERY
+    assert found["resumed"]["exit_code"] == 0 and found["resumed"]["each_step_once"]
+    assert found["resumed"]["last_loss"] < found["resumed"]["first_loss"] - 1
+    assert found["export"]["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_what_comes_back_is_little_and_well_formed(rehearsed):
+    folder = rehearsed[0]
+    assert {path.name for path in folder.iterdir()} == {
+        "two-cards.json",
+        "report.txt",
+        "speed.svg",
+        "time.svg",
+    }
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20
+    for name in ("speed.svg", "time.svg"):
+        assert xml.etree.ElementTree.parse(folder / name).getroot().tag.endswith("svg")
+
+
+def a_suite(**changes):
+    """The numbers of two cards that keep every promise."""
+    classes = [{"class": "matmul", "ms": 5000.0, "share": 0.8, "alone_ms": 3000.0}]
+    classes += [{"class": "nccl", "ms": 2000.0, "share": 0.2, "alone_ms": 60.0}]
+    ours = a_row(
+        tokens_per_second=2700.0,
+        share_of_roofline=0.79,
+        host_ram_gib=23.6,
+        build_seconds=38.0,
+        first_step_seconds=9.0,
+        peak_reserved_gib=21.9,
+        seconds_per_micro_batch=6.1,
+        details={"offload_layers": 0, "planned_device_gib": 22.1, "planned_step_seconds": 5.9},
+        profile={"step_ms": 6100.0, "kernels_ms": 7000.0, "busy_ms": 6000.0, "classes": classes, "top": []},
+    )
+    rows = [
+        ours | changes.pop("ours", {}),
+        a_row(variant="article", tokens_per_second=600.0),
+        a_row(variant="fsdp_qlora", tokens_per_second=1300.0),
+    ]
+    hurt = {"exit_code": 1, "ranks_left": 0, "noticed_seconds": 21.0}
+    of_one = {"loss": 13.3}
+    return (
+        a_document(*rows)
+        | {
+            "rehearsal": False,
+            "disk": {"bytes_per_second": 1e9},
+            "parity": {"bf16": [of_one, {"loss": 13.3, "worst": 0.03}]},
+            "drill": {
+                "killed": hurt,
+                "stopped": hurt,
+                "resumed": {"exit_code": 0, "each_step_once": True, "message": ""},
+                "export": {
+                    "exit_code": 0,
+                    "message": "",
+                    "held_out_loss": {"plain_peft": 1.0, "trainer": 1.0},
+                },
+            },
+        }
+        | changes
+    )
+
+
+def missed(document):
+    return [verdict["what"] for verdict in verdicts(document) if not verdict["met"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"ours": {"tokens_per_second": 2500.0}}, ["tokens/s", "over fsdp_qlora"]),
+        ({"ours": {"host_ram_gib": 33.0}}, ["host RAM of the tree"]),
+        ({"ours": {"peak_reserved_gib": 23.0}}, ["plan against measured, memory"]),
+        ({"ours": {"seconds_per_micro_batch": 7.5}}, ["plan against measured, step"]),
+        (
+            {"disk": {"bytes_per_second": 4e9}, "ours": {"build_seconds": 60.0}},
+            ["cold checkpoint to first step"],
+        ),
+        (
+            {"parity": {"bf16": [{"loss": 13.3}, {"loss": 13.4, "worst": 0.05}]}},
+            ["two ranks against one, bf16: loss", "two ranks against one, bf16: worst gradient"],
+        ),
+        ({"parity": {"bf16": [{"failed": "x"}, {}]}}, ["two ranks against one, bf16: loss, gradients"]),
+        ({"drill": {"failed": "ended with 1"}}, ["drill"]),
+    ],
+)
+def test_a_promise_that_is_not_kept_is_named(changes, named):
+    assert missed(a_suite(**changes)) == named
+
+
+def test_an_ours_that_was_not_measured_is_a_promise_not_kept():
+    document = a_suite(ours={"status": "failed"}, ratios=[])
+    assert missed(document) == ["ours"]
+    text = suite.report(document | {"stages": [], "verdicts": verdicts(document)})
+    assert any(line.startswith("ours") and line.endswith("MISSED") for line in text.splitlines())
+
+
+def test_a_class_is_alone_where_no_other_runs():
+    spans = [
+        ("nvjet_x", 0.0, 4000.0),
+        ("ncclDevKernel_AllGather", 3000.0, 3000.0),
+        ("nvjet_y", 5500.0, 500.0),
+    ]
+    assert profile.alone(spans) == {"matmul": pytest.approx(3.0), "nccl": pytest.approx(1.5)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--suite", "three-cards"], "--suite is `three-cards`, expected two-cards"),
+        (["--only", "ours"], "--only cannot be given with --suite"),
+        (["--tokens", "64,128"], "one whole number"),
+        (["--micro-batches", "2"], "asked for --gpus 0 and --micro-batches 2"),
+        (["--output", ""], "--suite needs --output FOLDER"),
+        (["--output", "tests"], "expected a new or an empty folder"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(arguments, named, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("began to measure"))
+    monkeypatch.chdir(ROOT)
+    assert cli.main([*REHEARSAL, "--output", str(tmp_path / "new"), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and named in err
+    assert not (tmp_path / "new").exists()
