@@ -88,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     plan = add("plan", "does it fit, part by part; needs neither GPU nor weights", _plan, config=True)
     plan.add_argument("--gpus", type=int, metavar="N", help="plan for this many GPUs, 0 for a CPU")
     plan.add_argument("--vram-gib", type=float, metavar="G", help="memory of each of them")
+    plan.add_argument(
+        "--card", metavar="NAME", help="which card they are, such as 'RTX 4090', for the time that it takes"
+    )
     plan.add_argument("--ram-gib", type=float, metavar="R", help="memory of the host")
     add("preflight", "is this machine able to do it", _preflight, config=True)
     add("prepare", "find or download the model and quantise it to NF4", _prepare, config=True)
@@ -225,6 +228,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         machine,
         gpus=arguments.gpus,
         vram_gib=arguments.vram_gib,
+        card_name=arguments.card,
         ram_gib=arguments.ram_gib,
         prepared=prepared_folder(settings),
     )

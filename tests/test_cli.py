@@ -55,6 +55,16 @@ def test_what_does_not_fit_ends_with_1(capsys):
     assert "It does not fit:" in out and err == ""
 
 
+def test_a_named_card_has_its_own_time(capsys):
+    seconds = []
+    for card in ("RTX 3090", "rtx 4090"):
+        assert plan("--gpus", "2", "--vram-gib", "24", "--ram-gib", "64", "--card", card, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["card"].lower() == card.lower() and found["card_assumed"]
+        seconds.append(found["predicted_seconds"])
+    assert seconds[1] < seconds[0]
+
+
 def test_json_is_one_document_and_nothing_else(capsys):
     assert plan("--gpus", "2", "--vram-gib", "24", "--ram-gib", "64", "--json") == 0
     out, err = capsys.readouterr()

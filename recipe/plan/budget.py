@@ -11,7 +11,7 @@ from typing import Any
 from recipe.errors import UserError
 from recipe.hardware import Machine
 from recipe.plan import memory
-from recipe.plan.cards import Card, card_with, floor_seconds, slowest_card
+from recipe.plan.cards import Card, card_called, card_with, floor_seconds, slowest_card
 from recipe.plan.choose import Room, choose
 from recipe.plan.parts import GIB, Part, total_gib
 from recipe.plan.placement import Placement
@@ -104,6 +104,7 @@ def make_plan(
     machine: Machine | None = None,
     gpus: int | None = None,
     vram_gib: float | None = None,
+    card_name: str | None = None,
     ram_gib: float | None = None,
     disk_gib: float | None = None,
     prepared: Path | None = None,
@@ -113,6 +114,7 @@ def make_plan(
     Args:
         gpus: GPUs to plan for; 0 is a CPU run; None: those of the machine.
         vram_gib: memory of each GPU; None: the machine's smallest.
+        card_name: which card they are, as recipe.plan.cards knows it; None: the machine's, or by its memory.
         ram_gib: host RAM; None: the machine's, or its container's limit. Where gpus and vram_gib describe
             another machine, RAM and disk that are not given are not judged.
         disk_gib: free disk; None: as for RAM.
@@ -120,7 +122,7 @@ def make_plan(
             its config.json gives the shape of a model that the built-in table does not know.
 
     Raises:
-        UserError: unknown model, batch sizes that no world size divides, or a GPU without a size.
+        UserError: unknown model or card, batch sizes that no world size divides, or a GPU without a size.
     """
     # Cards described by number and size are another machine's, and so are the RAM and the disk beside them.
     here = None if gpus and vram_gib is not None else machine
@@ -131,7 +133,11 @@ def make_plan(
     model_disk, run_disk = memory.disk_parts(shape, settings)
     ready = here is not None and prepared is not None and (prepared / "config.json").is_file()
     steps, tokens = settings.train.steps, settings.train.global_batch_tokens
-    card = slowest_card([gpu.name for gpu in here.gpus]) if here else card_with(vram_gib or 0)
+    card: Card | None
+    if card_name is not None:
+        card = card_called(card_name)
+    else:
+        card = slowest_card([gpu.name for gpu in here.gpus]) if here else card_with(vram_gib or 0)
     if ram_gib is None and here:
         ram_gib = here.usable_ram_gib
     placement = choose_placement(shape, settings, world_size, vram_gib, ram_gib, card)
@@ -158,7 +164,7 @@ def make_plan(
         run_disk_parts=run_disk,
         on_disk_gib=_size_gib(prepared) if ready and prepared else 0.0,
         card=card.name if card and on_gpu else None,
-        card_assumed=here is None,
+        card_assumed=here is None or card_name is not None,
         predicted_seconds=predicted,
         floor_seconds=floor,
         placement=placement,

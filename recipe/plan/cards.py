@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recipe.errors import UserError
 from recipe.plan.shapes import ModelShape
 
 FORWARD = BACKWARD = RECOMPUTATION = 2  # FLOP per parameter and token
@@ -55,6 +56,14 @@ def slowest_card(names: list[str]) -> Card | None:
     cards = [next((card for card in CARDS if card.name in name), None) for name in names]
     known = [card for card in cards if card]
     return min(known, key=lambda card: card.tflops) if known and len(known) == len(cards) else None
+
+
+def card_called(name: str) -> Card:
+    """Raises UserError where no rate of it is known here."""
+    found = next((card for card in CARDS if card.name.lower() == name.lower()), None)
+    if found is None:
+        raise UserError(f"--card is `{name}`, expected one of {', '.join(card.name for card in CARDS)}")
+    return found
 
 
 def card_with(vram_gib: float) -> Card | None:

@@ -332,6 +332,7 @@ def test_a_prepared_model_needs_no_disk_again_and_gives_its_shape(tmp_path):
         ({"gpus": 2}, "add --vram-gib"),
         ({"gpus": -1}, "--gpus is -1"),
         ({"gpus": 1, "vram_gib": 0}, "--vram-gib is 0"),
+        ({"gpus": 1, "vram_gib": 24, "card_name": "RTX 9"}, "--card is `RTX 9`, expected one of RTX 3090, "),
         ({"vram_gib": 24}, "expected --gpus as well"),
         ({"gpus": 3, "vram_gib": 24}, "expected a multiple of 3072"),
     ],
