@@ -89,6 +89,8 @@ def _plan(document: dict[str, Any]) -> Iterator[Judged]:
     )
     for what, key, measured, unit, allowed in pairs:
         planned = ours["details"][key]
+        if planned is None:  # the rate of this card is not known
+            continue
         off = planned / measured - 1
         yield (
             f"plan against measured, {what}",

@@ -152,6 +152,12 @@ def test_a_promise_that_is_not_kept_is_named(changes, named):
     assert missed(a_suite(**changes)) == named
 
 
+def test_a_card_of_unknown_rate_has_no_time_to_judge():
+    details = {"offload_layers": 0, "planned_device_gib": 22.1, "planned_step_seconds": None}
+    found = [verdict["what"] for verdict in verdicts(a_suite(ours={"details": details}))]
+    assert "plan against measured, memory" in found and "plan against measured, step" not in found
+
+
 def test_an_ours_that_was_not_measured_is_a_promise_not_kept():
     document = a_suite(ours={"status": "failed"}, ratios=[])
     assert missed(document) == ["ours"]
