@@ -37,6 +37,7 @@ from tests.train.tiny_run import (
     wait_for,
     wait_for_step,
     wait_gone,
+    words_below,
 )
 
 STEPS = 30
@@ -333,9 +334,7 @@ def test_what_the_ranks_have_written_counts_not_how_they_ended(
 
 def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
     process = start_training(config, "early")
-    wait_for(
-        lambda: [c for c in family(process)[1:] if "torch.distributed.run" in " ".join(c.cmdline())], process
-    )
+    wait_for(lambda: "torch.distributed.run" in words_below(process), process)
     members = family(process)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()

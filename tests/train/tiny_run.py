@@ -130,6 +130,15 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+def words_below(process: subprocess.Popen) -> set[str]:
+    """Of the command lines of all that run below a training; some may just have ended."""
+    words: set[str] = set()
+    for child in family(process)[1:]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words.update(child.cmdline())
+    return words
+
+
 def ranks(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks, in their order."""
     found = {}
