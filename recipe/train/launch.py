@@ -42,7 +42,8 @@ POLL_SECONDS = 0.2
 # A rank that has lost its peers fails within one. One that waits for them inside NCCL does not hear the launcher either,
 # which would give it 30 seconds (33 were measured on two GPUs).
 ALONE_SECONDS = 5.0
-CLOSING = "closing signal"  # torchrun's word to the others; who has failed it says when all are gone
+# torchrun's word to the others; who has failed it says when all are gone.
+CLOSING = re.compile(rb"Sending process \d+ closing signal")
 STOPPED_SECONDS = 20.0  # the others wait for a rank that stands still, their GPUs at work, without a word
 
 
@@ -258,15 +259,10 @@ def _raise_if_killed(run: Run, log_start: int) -> None:
         )
 
 
-def _log_since(run: Run, start: int) -> str:
-    with open(run.log, "rb") as log:
-        log.seek(start)
-        return log.read().decode(errors="replace")
-
-
 def _failed_rank(run: Run, log_start: int) -> tuple[int, int] | None:
     """Exit code and rank of the first one that the launcher saw fail."""
-    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", _log_since(run, log_start))
+    log = run.log.read_bytes()[log_start:].decode(errors="replace")
+    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -286,7 +282,7 @@ class Alone:
     """Ends the ranks that a failed one has left behind, once the launcher has seen it fail and given them time."""
 
     def __init__(self, run: Run, log_start: int):
-        self.run, self.log_start = run, log_start
+        self.log, self.position = run.log, log_start
         self.since: float | None = None
         self.next_look = 0.0
 
@@ -296,11 +292,19 @@ class Alone:
             return
         self.next_look = now + 1
         if self.since is None:
-            self.since = now if CLOSING in _log_since(self.run, self.log_start) else None
+            self.since = now if self._closing() else None
         elif now - self.since >= ALONE_SECONDS:
             for pid, _ in ranks_of(process):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+    def _closing(self) -> bool:
+        """Whether the log's new whole lines have the launcher's word."""
+        with open(self.log, "rb") as log:
+            log.seek(self.position)
+            lines, newline, _ = log.read().rpartition(b"\n")
+        self.position += len(lines) + len(newline)
+        return CLOSING.search(lines) is not None
 
 
 class Standing:

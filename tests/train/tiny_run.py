@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from recipe.cli import main
+from recipe.train.launch import ranks_of
 from tests.models import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -141,12 +142,8 @@ def words_below(process: subprocess.Popen) -> set[str]:
 
 def ranks(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks, in their order."""
-    found = {}
-    for child in family(process)[1:]:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if "recipe.train.worker" in child.cmdline() and "RANK" in child.environ():
-                found[int(child.environ()["RANK"])] = child
-    return [found[rank] for rank in sorted(found)]
+    found = {rank: pid for pid, rank in ranks_of(process)}
+    return [psutil.Process(found[rank]) for rank in sorted(found)]
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
