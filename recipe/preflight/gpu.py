@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from recipe.plan.budget import GPU_SPARE_GIB
 from recipe.preflight.check import Check, Context, Status, judged
 
 # CUDA 13 has no code for GPUs before Turing; bf16 arithmetic begins with Ampere.
 OLDEST_CAPABILITY = (7, 5)
 BF16_CAPABILITY = (8, 0)
-# Driver branch that each major CUDA version needs; the locked torch is a CUDA 13 build.
-DRIVER_BRANCHES = {12: 525, 13: 580}
-LOCKED_CUDA = 13
+# What the head of the GPU lock says about the driver; `make lock` works it out.
+LOCK = "requirements-gpu.lock"
+LOCKED_DRIVER = re.compile(r"^# NVIDIA driver: branch (\d+) or newer \(CUDA (\d+)\.", re.MULTILINE)
 # A larger model may fit into host RAM, but on a CPU it trains for weeks: a GPU that is not found is an error then.
 MOST_PARAMETERS_ON_CPU = 3e9
 
@@ -90,14 +92,22 @@ def bf16(context: Context) -> Check:
 
 
 def driver(context: Context) -> Check:
+    """The driver against the branch that the lock names, where torch is built for the lock's CUDA."""
     version = context.machine.gpus[0].driver_version
+    lock = context.lock_folder / LOCK
+    said = LOCKED_DRIVER.search(lock.read_text(encoding="utf-8")) if lock.is_file() else None
+    if said is None:
+        why = "names no driver" if lock.is_file() else "is not here"
+        return Check("driver", "skip", f"{version}; {LOCK} {why}", "the driver branch that the lock names")
+    branch, locked_cuda = (int(number) for number in said.groups())
+    expected = f"{branch} or newer for CUDA {locked_cuda}, as {LOCK} says"
     cuda = context.stack.get("cuda")
-    major = int(cuda.split(".")[0]) if cuda else LOCKED_CUDA
-    branch = DRIVER_BRANCHES.get(major, DRIVER_BRANCHES[LOCKED_CUDA])
+    if cuda and int(cuda.split(".")[0]) != locked_cuda:
+        # Another torch than the locked one, on purpose: whether it can use the driver, `torch cuda` tries.
+        return Check("driver", "skip", f"{version}; torch here is built for CUDA {cuda}", expected)
+    remedy = f"torch is built for CUDA {locked_cuda}: install the driver branch {branch} or newer and reboot"
     number = version.split(".")[0]
-    remedy = f"torch is built for CUDA {major}: install the driver branch {branch} or newer and reboot"
-    good = number.isdigit() and int(number) >= branch
-    return judged("driver", good, version, f"{branch} or newer for CUDA {major}", remedy)
+    return judged("driver", number.isdigit() and int(number) >= branch, version, expected, remedy)
 
 
 def _why_no_gpu(context: Context) -> tuple[str, str]:
