@@ -237,7 +237,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _preflight(arguments: argparse.Namespace) -> int:
-    from recipe import preflight
+    from recipe import hostenv, preflight
     from recipe.plan import make_plan
     from recipe.prepare import prepared_folder
 
@@ -246,6 +246,8 @@ def _preflight(arguments: argparse.Namespace) -> int:
     folder = prepared_folder(settings)
     checks = preflight.run_checks(settings, machine, make_plan(settings, machine, prepared=folder), folder)
     _print(preflight.to_dict(checks)) if arguments.json else print(preflight.render(checks))
+    if line := hostenv.write(".", machine):
+        print(line, file=sys.stderr)
     return 1 if preflight.failed(checks) else 0
 
 

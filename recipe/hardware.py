@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ NO_LIMIT = 2**60
 # A driver in trouble makes nvidia-smi hang; a healthy one without persistence mode needs a few seconds.
 NVIDIA_SMI_SECONDS = 20
 NVIDIA_SMI_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap", "driver_version")
+GPU_NAME = re.compile(r"GPU\d+")
 
 
 @dataclass(frozen=True)
@@ -201,21 +203,26 @@ def usable_cores(root: Path) -> int:
 
 def nvidia_gpus() -> tuple[list[Gpu], str | None]:
     """The GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, and what went wrong, if anything."""
-    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
-    if program is None:
-        return [], None
-    command = [program, f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
-    except subprocess.TimeoutExpired:
-        return [], f"nvidia-smi gave no answer within {NVIDIA_SMI_SECONDS} s"
-    except OSError as error:
-        return [], f"nvidia-smi could not start ({error.strerror})"
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        return [], f"nvidia-smi ended with {done.returncode}: {said[0] if said else 'no message'}"
-    gpus = [gpu for gpu in map(_parse_gpu, done.stdout.splitlines()) if gpu]
-    return _visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), None
+    said, error = _nvidia_smi(f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits")
+    gpus = [gpu for gpu in map(_parse_gpu, said.splitlines()) if gpu]
+    return _visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), error
+
+
+def peer_access() -> dict[tuple[int, int], str] | None:
+    """What the driver says of one GPU reading another's memory, by their indices: `OK`, or why not (`CNS`, `GNS`, …).
+
+    All GPUs, whatever CUDA_VISIBLE_DEVICES hides. None where it cannot be told: no driver, an old one, WSL2.
+    """
+    text, _ = _nvidia_smi("topo", "-p2p", "r")
+    # Its header, GPU0 GPU1 …, is underlined by escape codes; a legend follows below the rows.
+    rows = [row for line in text.splitlines() if (row := re.sub(r"\x1b\[[0-9;]*m", "", line).split())]
+    header = next((row for row in rows if all(map(GPU_NAME.fullmatch, row))), [])
+    found: dict[tuple[int, int], str] = {}
+    for name, *words in rows:
+        if GPU_NAME.fullmatch(name) and len(words) == len(header):
+            others = [(other, word) for other, word in zip(header, words, strict=True) if other != name]
+            found |= {(int(name[3:]), int(other[3:])): word for other, word in others}
+    return found or None
 
 
 def display_devices(root: Path) -> list[DisplayDevice]:
@@ -238,6 +245,29 @@ def disk_free_gib(folder: str | Path) -> float:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free / GIB
+
+
+def _nvidia_smi(*arguments: str) -> tuple[str, str | None]:
+    """What `nvidia-smi` prints, nothing where there is none, and what went wrong, if anything."""
+    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
+    if program is None:
+        return "", None
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=NVIDIA_SMI_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"nvidia-smi gave no answer within {NVIDIA_SMI_SECONDS} s"
+    except OSError as error:
+        return "", f"nvidia-smi could not start ({error.strerror})"
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        return "", f"nvidia-smi ended with {done.returncode}: {said[0] if said else 'no message'}"
+    return done.stdout, None
 
 
 def _parse_gpu(line: str) -> Gpu | None:

@@ -210,3 +210,59 @@ def test_unsupported_platforms_are_refused_in_one_line(system, arch, part):
 def test_linux_is_supported():
     assert hardware.refuse_unsupported("Linux", "x86_64") is None
     assert hardware.refuse_unsupported("Linux", "aarch64") is None
+
+
+# As a driver of 2025 prints it for two GeForce cards: underlined header, tabs, legend.
+PEERS = """cat <<'END'
+ \t\x1b[4mGPU0\tGPU1\t\x1b[0m
+ GPU0\tX\tCNS\t
+ GPU1\tOK\tX\t
+
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+  CNS  = Chipset not supported
+  GNS  = GPU not supported
+  TNS  = Topology not supported
+  NS   = Not supported
+  DR   = Disabled by regkey
+  U    = Unknown
+END"""
+
+
+def test_peer_access_is_read_in_both_directions(nvidia_smi, monkeypatch):
+    nvidia_smi(f'[ "$*" = "topo -p2p r" ] || exit 9\n{PEERS}')
+    assert hardware.peer_access() == {(0, 1): "CNS", (1, 0): "OK"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert len(hardware.peer_access()) == 2, "nvidia-smi knows nothing of CUDA's variable, and so should this"
+
+
+def test_peer_access_of_three_gpus_with_gaps_in_their_numbers(nvidia_smi):
+    nvidia_smi(
+        "printf ' \\tGPU0\\tGPU2\\tGPU10\\t\\n GPU0\\tX\\tOK\\tOK\\n GPU2\\tOK\\tX\\tNS\\n GPU10\\tOK\\tNS\\tX\\n'"
+    )
+    said = hardware.peer_access()
+    assert len(said) == 6
+    assert {pair for pair, word in said.items() if word != "OK"} == {(2, 10), (10, 2)}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "exit 1",
+        "echo 'Topology is not supported on this system'",
+        "printf ' \\tGPU0\\t\\n GPU0\\tX\\t\\n'",
+        "printf 'GPU0 GPU1\\nGPU0 X\\nGPU1\\n'",  # cut short
+        "exec sleep 30",
+    ],
+)
+def test_peer_access_that_cannot_be_told_is_none(nvidia_smi, monkeypatch, script):
+    nvidia_smi(script)
+    monkeypatch.setattr(hardware, "NVIDIA_SMI_SECONDS", 0.5)
+    assert hardware.peer_access() is None
+
+
+def test_peer_access_without_a_driver_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.peer_access() is None

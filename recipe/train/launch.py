@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from recipe import hostenv
 from recipe.errors import Refused, UserError
 from recipe.files import require_space, write_json, write_text
 from recipe.hardware import Machine
@@ -169,6 +170,7 @@ def _environment(world_size: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        **hostenv.read(),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
