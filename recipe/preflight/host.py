@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from recipe.container import in_container
 from recipe.hardware import disk_free_gib, refuse_unsupported
 from recipe.plan import Plan
 from recipe.plan.parts import total_gib
@@ -110,7 +111,11 @@ def shm(context: Context) -> Check:
     if not needs_nccl(context.plan):
         return Check("shm", "skip", "no NCCL in a run on one GPU or on CPUs", expected)
     found = "/dev/shm is missing" if size is None else f"{size:.2f} GiB in /dev/shm"
-    remedy = "start the container with --shm-size=1g (compose: shm_size: 1gb) or --ipc=host"
+    remedy = (
+        "start the container through make or `docker compose`: compose.yaml sets shm_size"
+        if in_container()
+        else "start the container with --shm-size=1g (compose: shm_size: 1gb) or --ipc=host"
+    )
     return judged("shm", size is not None and size >= SHM_GIB, found, expected, remedy)
 
 

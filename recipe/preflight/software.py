@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+from recipe.container import in_container
 from recipe.preflight.check import Check, Context, judged
 
 # The packages that shape results; the rest of the lock follows from them.
@@ -14,6 +15,7 @@ OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
 # NF4 loses about 9 % (root mean square) of normally distributed weights; a broken kernel loses everything.
 NF4_ERROR = 0.12
 SETUP = "run `make setup`, and start through make or .venv/bin/python"
+REBUILD = "the image is not what was built: run `make build`"
 
 
 def versions(context: Context) -> Check:
@@ -32,9 +34,9 @@ def versions(context: Context) -> Check:
     ]
     expected = f"{len(STACK)} packages as in {lock.name}"
     if missing:
-        return Check("versions", "fail", f"missing: {', '.join(missing)}", expected, SETUP)
+        return Check("versions", "fail", f"missing: {', '.join(missing)}", expected, _set_up())
     found = ", ".join(other) or f"torch {installed['torch']} and the others as locked"
-    remedy = f"results may differ from the lock's; {SETUP}"
+    remedy = f"results may differ from the lock's; {_set_up()}"
     return judged("versions", not other, found, expected, remedy, otherwise="warn")
 
 
@@ -43,10 +45,10 @@ def torch_imports(context: Context) -> Check:
     expected = f"torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} to {NEWEST_TORCH[0]}.{NEWEST_TORCH[1]}"
     error = context.stack.get("torch_error")
     if error:
-        return Check("torch", "fail", error, expected, SETUP)
+        return Check("torch", "fail", error, expected, _set_up())
     version = context.stack["torch"]
     number = tuple(int(part) for part in version.split(".")[:2])
-    return judged("torch", OLDEST_TORCH <= number <= NEWEST_TORCH, version, expected, SETUP)
+    return judged("torch", OLDEST_TORCH <= number <= NEWEST_TORCH, version, expected, _set_up())
 
 
 def torch_sees_gpus(context: Context) -> Check:
@@ -58,11 +60,14 @@ def torch_sees_gpus(context: Context) -> Check:
             "torch cuda", "skip", "torch does not start" if "torch_error" in stack else "CPU run", expected
         )
     build = f"CUDA {stack['cuda']}" if stack["cuda"] else "no CUDA"
-    remedy = (
-        "the driver may be too old, or the container got no GPU (--gpus all)"
-        if stack["cuda"]
-        else "this is the CPU build of torch: remove .venv and run `make setup` on the machine with the GPU"
-    )
+    if stack["cuda"]:
+        remedy = "the driver may be too old, or the container got no GPU (--gpus all)"
+    elif in_container():
+        remedy = "this image has the CPU build of torch: run `make build` on the machine with the GPU"
+    else:
+        remedy = (
+            "this is the CPU build of torch: remove .venv and run `make setup` on the machine with the GPU"
+        )
     return judged(
         "torch cuda", stack["gpus"] >= there, f"{stack['gpus']} GPUs, built for {build}", expected, remedy
     )
@@ -74,8 +79,8 @@ def nf4(context: Context) -> Check:
     if "torch_error" in stack:
         return Check("bitsandbytes", "skip", "torch does not start", expected)
     if "bitsandbytes_error" in stack:
-        return Check("bitsandbytes", "fail", stack["bitsandbytes_error"], expected, SETUP)
-    remedy = f"bitsandbytes computes wrongly on this device; {SETUP}"
+        return Check("bitsandbytes", "fail", stack["bitsandbytes_error"], expected, _set_up())
+    remedy = f"bitsandbytes computes wrongly on this device; {_set_up()}"
     error = stack["nf4_error"]
     return judged("bitsandbytes", error < NF4_ERROR, f"NF4 round trip loses {error:.1%}", expected, remedy)
 
@@ -84,6 +89,10 @@ def locked_versions(lock: Path) -> dict[str, str]:
     """Version by package name of a lock file: its lines `name==version …`."""
     pairs = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
     return {name.lower(): version for name, version in pairs}
+
+
+def _set_up() -> str:
+    return REBUILD if in_container() else SETUP
 
 
 def _installed(name: str) -> str | None:

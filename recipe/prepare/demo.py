@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from recipe.container import require_network
 from recipe.errors import UserError
 from recipe.files import require_space, written_aside
 
@@ -29,6 +30,7 @@ def demo_checkpoint(models: Path) -> Path:
     folder = models / NAME
     if (folder / "model.safetensors").exists():
         return folder
+    require_network(f"model.id demo: {folder} is not there yet", "run `make prepare` first")
     require_space(models, 1e9, "the demo model")
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=".demo-") as scratch:

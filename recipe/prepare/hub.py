@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe.container import require_network
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of, write_json
 from recipe.prepare import download
@@ -60,6 +61,9 @@ class Repository:
         asked = {"do": "list", "model": model_id, "revision": revision}
         try:
             found = self._ask(asked)
+        except Unreachable:  # nor will it be: a container without network
+            if not self._state:
+                raise
         except Failed as error:
             if error.kind != "unreachable" or not self._state:
                 raise self._refusal(error) from None
@@ -195,6 +199,10 @@ class Repository:
         stop: threading.Event | None = None,
         received: Callable[[int], None] | None = None,
     ) -> Any:
+        missing = f"{next(iter(request['files']))} is" if "files" in request else "its files are"
+        require_network(
+            f"{self.where}: {missing} not in {self.folder} yet", "run `make prepare` first", Unreachable
+        )
         known = {"model": self.model_id, "revision": self._state.get("commit"), "folder": str(self.folder)}
         try:
             return ask_hub(known | request, xet=not self.plain, stop=stop, received=received)

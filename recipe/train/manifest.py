@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -31,7 +32,7 @@ def manifest(
         "lock_sha256": {
             path.name: sha256_of(path) for path in sorted(REPOSITORY.glob("requirements-*.lock"))
         },
-        "image_digest": os.environ.get("RECIPE_IMAGE_DIGEST"),
+        "image_digest": os.environ.get("RECIPE_IMAGE_DIGEST") or None,
         "model": {
             "name": prepared.name,
             "revision": prepared.revision,
@@ -65,5 +66,10 @@ def _data_hash(path: str | None, demo_file: Path) -> str | None:
 
 
 def _git_commit() -> str | None:
-    done = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    """The checkout's commit; in the image, which has neither a checkout nor git, the one that it was built from."""
+    with contextlib.suppress(OSError):  # no git
+        command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+    return os.environ.get("RECIPE_COMMIT") or None

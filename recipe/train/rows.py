@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe.container import require_network
 from recipe.errors import UserError
 from recipe.settings import Data
 
@@ -96,6 +97,11 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _hub(key: str, path: str, data: Data) -> Iterator[Row]:
+    use = "pass DATA=FILE" if key == "data.path" else f"set {key} to it"
+    require_network(
+        f"{key} is `{path}`: is no local file, so it would be fetched from the hub",
+        f"download the data set to a JSONL file and {use}",
+    )
     from datasets import load_dataset
 
     try:
