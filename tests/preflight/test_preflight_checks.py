@@ -243,6 +243,34 @@ def test_versions_against_the_lock(tmp_path, monkeypatch, lock, status, found):
     assert result.status == status and found in result.found
 
 
+HEAD = "# GPU flavour.\n# NVIDIA driver: branch {} or newer (CUDA {}, NCCL 2.29.7)\ntorch==2.13.0\n"
+
+
+@pytest.mark.parametrize(
+    ("lock", "driver", "cuda", "status", "part"),
+    [
+        (HEAD.format(580, "13.0"), "580.95.05", "13.0", "ok", "580.95.05"),
+        (HEAD.format(580, "13.0"), "595.10", "13.2", "ok", "595.10"),
+        (HEAD.format(580, "13.0"), "570.86", "13.0", "fail", "driver branch 580 or newer"),
+        (HEAD.format(600, "13.0"), "580.95.05", "13.0", "fail", "driver branch 600 or newer"),
+        (HEAD.format(580, "13.0"), "570.86", None, "fail", "driver branch 580 or newer"),  # torch's CPU build
+        (HEAD.format(580, "13.0"), "unknown", "13.0", "fail", "driver branch 580 or newer"),
+        (HEAD.format(580, "13.0"), "550.54", "12.8", "skip", "torch here is built for CUDA 12.8"),
+        ("torch==2.13.0\n", "550.54", "13.0", "skip", "requirements-gpu.lock names no driver"),
+        (None, "550.54", "13.0", "skip", "requirements-gpu.lock is not here"),
+    ],
+)
+def test_the_driver_against_the_lock(tmp_path, lock, driver, cuda, status, part):
+    if lock:
+        (tmp_path / "requirements-gpu.lock").write_text(lock)
+    machine = {"gpus": [dataclasses.replace(CARD, driver_version=driver)]}
+    asked = dataclasses.replace(context(machine), lock_folder=tmp_path)
+    asked.__dict__["stack"] = STACK | {"cuda": cuda}
+    result = gpu.driver(asked)
+    assert result.status == status
+    assert part in f"{result.found} {result.remedy}"
+
+
 def test_a_missing_package_fails(tmp_path, monkeypatch):
     (tmp_path / "requirements-gpu.lock").write_text("torch==2.13.0\n")
     monkeypatch.setattr(software, "_installed", lambda name: None if name == "trl" else "2.13.0")
