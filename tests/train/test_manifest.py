@@ -1,0 +1,61 @@
+"""Where a run's code came from: the checkout's commit, or the one that the image was built from."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recipe.hardware import probe
+from recipe.prepare import Prepared
+from recipe.settings import from_dict
+from recipe.train import manifest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def written(folder: Path) -> dict:
+    settings = from_dict({"model": "demo", "data": {"path": "demo"}})
+    return manifest.manifest(settings, Prepared(folder, "demo", None, fresh=False), probe(), 2, {})
+
+
+@pytest.fixture
+def image(tmp_path, monkeypatch):
+    """The code in a folder that is no checkout, as in the image, with the locks beside the package."""
+    (tmp_path / "requirements-gpu.lock").write_text("torch==2.13.0\n")
+    monkeypatch.setattr(manifest, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("RECIPE_COMMIT", COMMIT)
+    return tmp_path
+
+
+def test_a_checkout_has_its_own_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("RECIPE_COMMIT", COMMIT)
+    commit = written(tmp_path)["git_commit"]
+    if not (manifest.REPOSITORY / ".git").exists():
+        pytest.skip("these tests do not run in a checkout")
+    assert re.fullmatch("[0-9a-f]{40}", commit) and commit != COMMIT
+
+
+def test_the_image_names_the_commit_that_it_was_built_from_and_its_locks(image):
+    found = written(image)
+    assert found["git_commit"] == COMMIT
+    assert list(found["lock_sha256"]) == ["requirements-gpu.lock"]
+
+
+def test_the_image_has_no_git(image, monkeypatch):
+    (image / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(image / "bin"))
+    assert written(image)["git_commit"] == COMMIT
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_what_is_not_known_is_null(image, monkeypatch, value):
+    for name in ("RECIPE_COMMIT", "RECIPE_IMAGE_DIGEST"):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    found = written(image)
+    assert found["git_commit"] is None and found["image_digest"] is None
+
+
+def test_the_images_digest_is_written(image, monkeypatch):
+    monkeypatch.setenv("RECIPE_IMAGE_DIGEST", "sha256:abc")
+    assert written(image)["image_digest"] == "sha256:abc"
