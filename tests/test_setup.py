@@ -355,7 +355,7 @@ two==1 ; python_full_version < '3.12' \\
     #   tool
 two==2 ; python_full_version >= '3.12' \\
     --hash=sha256:0
-    # via big-name
+    # via Big.Name[fast]
 deep==1 \\
     --hash=sha256:0
     # via two
