@@ -1,5 +1,5 @@
-# One command per job; `make` alone lists them. Each job that needs .venv makes it first (scripts/setup.py, which
-# is done at once when nothing changed). The settings below reach the shell as environment variables, never as
+# One command per job; `make` alone lists them. The jobs of a run go through scripts/run.py, into the container or into
+# .venv; what needs .venv makes it first (scripts/setup.py, which is done at once when nothing changed). The settings below reach the shell as environment variables, never as
 # text, so that any value is safe; ARGS is shell words, as typed.
 
 CONFIG ?= recipe/configs/llama-3.1-70b.yaml
@@ -7,14 +7,16 @@ DATA ?=
 RUN ?=
 RUNTIME ?= auto
 ARGS ?=
-export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX
+export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan preflight prepare train eval export-adapters chat bench test lint lock clean ready runtime
+.PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat bench test lint \
+  lock audit clean ready python
 .SILENT:
 
 BIN = .venv/bin/
-RECIPE = $(BIN)python -m recipe
+PYTHON3 = "$${PYTHON:-python3}"
+RECIPE = $(PYTHON3) scripts/run.py
 with_config = --config "$$CONFIG"
 with_data = $(if $(DATA),--data "$$DATA")
 with_run = $(if $(RUN),--run "$$RUN")
@@ -24,6 +26,7 @@ help:
 	'Begin' \
 	'  make setup            the locked packages into .venv (FLAVOUR=cpu|gpu PYTHON= TORCH_INDEX=)' \
 	'  make demo             the whole job, small and real, on the CPU' \
+	'  make build            the container image, the same bytes everywhere (FLAVOUR= BASE= DEBIAN_MIRROR=)' \
 	'' \
 	'Fine-tune' \
 	'  make plan             does it fit, part by part; needs no GPU (CONFIG=)' \
@@ -40,46 +43,47 @@ help:
 	'  make bench            speed and memory at true shapes, against other ways (ARGS=)' \
 	'  make test             the tests' \
 	'  make lint             style and types' \
-	'  make lock             renew both locks from requirements.in' \
+	'  make lock             renew the locks of the Python and the Debian packages' \
+	'  make audit            known vulnerabilities of the locked packages' \
+	'  make build-check      build the image twice from nothing and compare' \
+	'  make base             only the Debian that the image stands on' \
 	'  make clean            remove caches; never runs, models or data' \
 	'' \
 	'Settings' \
 	"  CONFIG=FILE           a YAML, as in recipe/configs/ (now $$CONFIG)" \
 	'  DATA=PATH             training data in place of the config'"'"'s' \
 	'  RUN=NAME              a run in runs/' \
-	'  RUNTIME=auto|host     where it runs: the host'"'"'s .venv' \
+	'  RUNTIME=auto|docker|host  where it runs: the container (auto: once it is built), else .venv' \
 	'  ARGS="..."            passed on, for example ARGS="--set lora.r=32"'
 
-setup:
-	command -v "$${PYTHON:-python3}" >/dev/null || { echo "setup: $${PYTHON:-python3} not found: install Python 3.11 or newer" >&2; exit 2; }
-	"$${PYTHON:-python3}" scripts/setup.py $(SETUP_ARGS)
+python:
+	command -v $(PYTHON3) >/dev/null || { echo "$${PYTHON:-python3} not found: install Python 3.11 or newer" >&2; exit 2; }
+
+setup: python
+	$(PYTHON3) scripts/setup.py $(SETUP_ARGS)
 
 ready: SETUP_ARGS = --quiet
 ready: setup
 
-runtime:
-	case "$$RUNTIME" in \
-	auto|host) ;; \
-	docker) echo 'RUNTIME=docker: the container image comes with a later version; use RUNTIME=host' >&2; exit 2 ;; \
-	*) echo "RUNTIME=$$RUNTIME: expected auto or host" >&2; exit 2 ;; \
-	esac
+build build-check base: python
+	$(PYTHON3) scripts/image.py $@
 
-demo: runtime ready
+demo: python
 	$(RECIPE) demo $(with_run) $(ARGS)
 
-plan preflight prepare: runtime ready
+plan preflight prepare: python
 	$(RECIPE) $@ $(with_config) $(ARGS)
 
-train: runtime ready
+train: python
 	$(RECIPE) train $(with_config) $(with_data) $(with_run) $(ARGS)
 
-eval chat: runtime ready
+eval chat: python
 	$(RECIPE) $@ $(with_run) $(ARGS)
 
-export-adapters: runtime ready
+export-adapters: python
 	$(RECIPE) export $(with_run) $(ARGS)
 
-bench: runtime ready
+bench: python
 	$(RECIPE) bench $(ARGS)
 
 test: ready
@@ -92,6 +96,10 @@ lint: ready
 
 lock: ready
 	$(BIN)python scripts/lock.py $(ARGS)
+	$(BIN)python scripts/debian.py
+
+audit: ready
+	$(BIN)python scripts/audit.py $(ARGS)
 
 clean:
 	find . \( -path ./.venv -o -path ./runs -o -path ./models -o -path ./data -o -path ./.git \) -prune -o \

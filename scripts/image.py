@@ -1,0 +1,435 @@
+"""Build the container image: one digest for one commit, on every machine.
+
+    make build                 # FLAVOUR=cpu|gpu; else gpu if this machine has an NVIDIA GPU
+    make build BASE=IMAGE      # on a Debian image by digest, not on the one that `make base` makes
+    make build-check           # builds twice from nothing and compares, naming the first file that differs
+    make base                  # Debian's essential packages alone: build/image/base.tar
+
+Packages and wheels are fetched first and checked against the locks; the build itself has no network. What is made
+lies in build/image/: FLAVOUR.json (digest, sizes), FLAVOUR.cdx.json (bill of materials), FLAVOUR.log. The image gets
+its name when all is done and checked, so that there is never half of one.
+
+Standard library only: Docker and Python 3.11 are enough to build.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import debian
+import engine
+import lock
+from setup import (
+    DEFAULT_TORCH_INDEX,
+    LOCKS,
+    Pip,
+    SetupError,
+    find_python,
+    host_of,
+    index_answers,
+    lock_entries,
+    make_venv,
+    say,
+    stop,
+    wanted_flavour,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "build/image"
+NAME = "qlora-70b-recipe"
+PYTHON = "3.11"  # Debian 12's
+# Largest size, GB, of the unpacked layers; what a build needs on the disk, GiB (packages, image, Docker's two copies).
+LIMIT_GB = {"cpu": 1.6, "gpu": 7.0}
+DISK_GIB = {"cpu": 8, "gpu": 35}
+SOURCES = ("Dockerfile", "LICENSE", "pyproject.toml", "image", "recipe", *sorted(LOCKS.values()))
+TAGS = ["--implementation", "cp", "--python-version", PYTHON, "--abi", "cp311", "--abi", "abi3", "--abi", "none"]
+TAGS += [word for minor in range(5, 37) for word in ("--platform", f"manylinux_2_{minor}_x86_64")]
+TAGS += [word for old in ("1", "2010", "2014") for word in ("--platform", f"manylinux{old}_x86_64")]
+
+
+# --- what the image is made of ----------------------------------------------------------------------------
+
+
+def source_files(root=ROOT):
+    """What of the checkout determines the image, in order: what .dockerignore lets in, and the Dockerfile."""
+    found = []
+    for name in SOURCES:
+        path = root / name
+        found += [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(root).parts))
+
+
+def sources_sha256(root=ROOT):
+    digest = hashlib.sha256()
+    for path in source_files(root):
+        digest.update(f"{path.relative_to(root)}\0{os.stat(path).st_mode & 0o111:o}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def lock_sha256(flavour, root=ROOT):
+    """Of the packages: Python's and Debian's."""
+    return hashlib.sha256((root / LOCKS[flavour]).read_bytes() + (root / "image/debian.lock").read_bytes()).hexdigest()
+
+
+def revision(root=ROOT):
+    """The commit, with `-dirty` where what goes into the image differs from it; `unknown` without git."""
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *SOURCES], capture_output=True, text=True, check=True).stdout
+        return commit + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def version(root=ROOT):
+    return re.search(r'^version = "(.+)"', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+
+def checked_base(environ):
+    base = environ.get("BASE") or "local"
+    if base != "local" and not re.search(r"@sha256:[0-9a-f]{64}$", base):
+        raise SetupError(f"BASE={base}: expected an image by digest (NAME@sha256:…), so that it is the same tomorrow, or nothing")
+    return base
+
+
+def check_machine(flavour):
+    if platform.machine() != "x86_64":
+        raise SetupError(f"this machine is {platform.machine()}, the image is for x86_64; RUNTIME=host runs on aarch64 too")
+    for name in LOCKS.values():
+        stale = lock.stale(ROOT / name)
+        if stale:
+            raise SetupError(stale)
+    engine.require_builder()
+    OUT.mkdir(parents=True, exist_ok=True)
+    docker_folder = engine.info().get("DockerRootDir") or "/"
+    for folder in {str(OUT), docker_folder if os.path.exists(docker_folder) else str(OUT)}:
+        free_gib = shutil.disk_usage(folder).free / 2**30
+        if free_gib < DISK_GIB[flavour]:
+            raise SetupError(
+                f"{folder} has {free_gib:.1f} GiB free, building the {flavour} image needs {DISK_GIB[flavour]} GiB: "
+                "make room (`docker builder prune` frees the build cache)"
+            )
+
+
+# --- packages ---------------------------------------------------------------------------------------------
+
+
+def fetch(flavour, base, out=OUT):
+    """All that the build will ask for, by hash: Debian packages and wheels. What is there already is kept."""
+    debs = out / "debs" / flavour
+    own = [part for part in debian.PARTS[flavour] if part != "base"]
+    debian.fetch(("base",), debs / "base")
+    debian.fetch(own, debs / "others")
+    (debs / "for").write_text(f"{debian.SUITE} {debian.ARCHITECTURE}\n")
+    if base == "local":
+        debian.make_base(debs / "base", out / "base.tar")
+    else:
+        (out / "base.tar").touch()  # COPY and ADD want a file, also in a stage that is not built
+    fetch_wheels(flavour, out)
+
+
+def fetch_wheels(flavour, out=OUT):
+    """The wheels of what runs in the image, and of the tool that lists it, each with its part of the lock."""
+    pip = own_pip(flavour, out / "tools")
+    entries = for_the_image(pip, lock.entries((ROOT / LOCKS[flavour]).read_text()))
+    for part, root in (("run", "requirements.in"), ("bom", "cyclonedx-bom")):
+        wanted = lock.needed_by(entries, root)
+        folder, text = out / "wheels" / flavour / part, "".join(wanted)
+        if (folder / "requirements.txt").exists() and (folder / "requirements.txt").read_text() == text:
+            continue  # it was written when all were there; the build checks their hashes again
+        say(f"fetching {len(wanted)} wheels ({part})")
+        aside = folder.with_name(part + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        torch = [e for e in wanted if flavour == "cpu" and e.startswith("torch==")]
+        if torch:
+            download(pip, torch, aside, LOCKS[flavour], torch_source())
+        download(pip, [e for e in wanted if e not in torch], aside, LOCKS[flavour])
+        (aside / "requirements.txt").write_text(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+def own_pip(flavour, folder):
+    """The locked pip in a venv of its own, so that neither .venv nor the system's pip is needed."""
+    locked = "".join(lock_entries(LOCKS[flavour])["pip"])
+    stamp = folder / "pip.lock"
+    if not stamp.exists() or stamp.read_text() != locked:
+        make_venv(find_python(os.environ.get("PYTHON"))[1], folder)
+        Pip(folder).install([locked], LOCKS[flavour])
+        stamp.write_text(locked)
+    return Pip(folder)
+
+
+def for_the_image(pip, entries):
+    """The lock's entries whose markers hold for the image's Python, which need not be this machine's."""
+    program = (
+        "import json, sys; from pip._vendor.packaging.requirements import Requirement as R; "
+        "e = dict(python_version=sys.argv[1], python_full_version=sys.argv[1] + '.2', sys_platform='linux', "
+        "platform_machine='x86_64', implementation_name='cpython', platform_python_implementation='CPython', extra=''); "
+        "print(json.dumps([not (m := R(line).marker) or m.evaluate(e) for line in json.load(sys.stdin)]))"
+    )
+    lines = [entry.partition(" \\\n")[0] for entry in entries]
+    done = subprocess.run([pip.python, "-c", program, PYTHON], input=json.dumps(lines), capture_output=True, text=True, check=True)
+    return [entry for entry, holds in zip(entries, json.loads(done.stdout)) if holds]
+
+
+def torch_source():
+    """pip's arguments for torch's CPU build: PyTorch's own index, or whatever pip finds where that does not answer."""
+    index = os.environ.get("TORCH_INDEX") or DEFAULT_TORCH_INDEX
+    reason = index_answers(index)
+    if reason is None:
+        return ["--index-url", index]
+    say(f"TORCH_INDEX {host_of(index)} does not answer ({reason}): looking where pip looks")
+    return []
+
+
+def download(pip, entries, folder, lock_name, extra=()):
+    requirements = folder / "wanted.txt"
+    requirements.write_text("".join(entries))
+    args = ["-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-d", str(folder)]
+    pip.run([*args, *TAGS, *extra, "-r", str(requirements)], lock_name, total=len(entries))
+    requirements.unlink()
+
+
+# --- the build --------------------------------------------------------------------------------------------
+
+
+def build(flavour, base, archive, log, fresh=False, out=OUT):
+    """Run the build; the image is in `archive` (an OCI tar), its list of packages in `out`/bom-FLAVOUR."""
+    arguments = {
+        "BASE": base,
+        "FLAVOUR": flavour,
+        "VERSION": version(),
+        "REVISION": revision(),
+        "LOCK": lock_sha256(flavour),
+        "SOURCES": sources_sha256(),
+        "SOURCE_DATE_EPOCH": str(debian.epoch()),
+    }
+    command = ["buildx", "build", "--progress=plain", "--provenance=false", "--network=none", f"--platform=linux/{debian.ARCHITECTURE}"]
+    command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
+    command += [f"--build-context=debs={out / 'debs' / flavour}", f"--build-context=wheels={out / 'wheels' / flavour}"]
+    # Not compressed: what a compressor writes depends on its version.
+    image = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed,force-compression=true"
+    with open(log, "w") as file:
+        run_build([*command, *(["--no-cache"] if fresh else []), "--target=image", f"--output={image}", str(ROOT)], file, base)
+        run_build([*command, "--target=bom", f"--output=type=local,dest={out / ('bom-' + flavour)}", str(ROOT)], file, base)
+
+
+def run_build(command, log, base):
+    """docker buildx, its noise in the log, its steps on the terminal."""
+    # BuildKit reads proxies and SOURCE_DATE_EPOCH from here too; nothing of ours, such as a token, is needed.
+    environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "TMPDIR")}
+    process = subprocess.Popen(["docker", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environ)
+    lines = collections.deque(maxlen=2000)
+    try:
+        for line in process.stdout:
+            log.write(line)
+            lines.append(line.rstrip())
+            step = re.match(r"#\d+ \[(.+?)\] (.*)", line)
+            if step and "internal" not in step[1]:
+                say(f"  {step[1]}")
+    finally:
+        if process.poll() is None and sys.exc_info()[0]:
+            process.terminate()
+        process.wait()
+    if process.returncode:
+        raise explain(lines, base, log.name)
+
+
+def explain(lines, base, log):
+    text = "\n".join(lines)
+    own = re.findall(r"^#\d+ [\d.]+ error: (.*)", text, re.MULTILINE)
+    if own:
+        return SetupError(own[-1])
+    if "exec format error" in text or "no match for platform" in text:
+        return SetupError(f"BASE={base}: is for another processor, expected {debian.ARCHITECTURE}; name the image of that platform")
+    if base != "local" and re.search(r"failed to resolve source metadata|pull access denied|failed to do request|dial tcp", text):
+        return SetupError(f"BASE={base}: cannot be fetched; check the name, the digest and the network, or leave BASE out")
+    known = engine.explain(text)
+    if known:
+        return SetupError(known)
+    tail = "\n  ".join(line for line in list(lines)[-12:])
+    return SetupError(f"the build failed; its last lines (all of them: {log}):\n  {tail}", code=1)
+
+
+# --- what was built ---------------------------------------------------------------------------------------
+
+
+def manifest_digest(archive):
+    with tarfile.open(archive) as tar:
+        return json.load(tar.extractfile("index.json"))["manifests"][0]["digest"]
+
+
+def layers(archive):
+    """The layers of an OCI archive, in order, each as an open tar."""
+    with tarfile.open(archive) as tar:
+        def blob(digest):
+            return tar.extractfile("blobs/" + digest.replace(":", "/"))
+
+        manifest = json.load(blob(manifest_digest(archive)))
+        for layer in manifest["layers"]:
+            with tarfile.open(fileobj=blob(layer["digest"])) as contents:
+                yield contents
+
+
+def part_of(name):
+    """To which part of the image a file belongs: a Python package, the recipe, or Debian."""
+    package = re.match(r"opt/venv/lib/python[^/]+/site-packages/([^/]+)(?:/([^/]+)/)?", name)
+    if package:
+        first = re.sub(r"(\.libs|-[^-]*\.dist-info|\.py|\.pth)$", "", package[1])
+        return f"{first}/{package[2]}" if first == "nvidia" and package[2] else first
+    return "recipe" if name.startswith("opt/recipe/") else "python" if "python3" in name or name.startswith("opt/venv") else "debian"
+
+
+def sizes(archive):
+    """Bytes of each part, largest first."""
+    total = collections.Counter()
+    for layer in layers(archive):
+        for entry in layer:
+            total[part_of(entry.name)] += entry.size if entry.isreg() else 0
+    return dict(total.most_common())
+
+
+def bill_of_materials(flavour, digest, out=OUT):
+    """CycloneDX: what cyclonedx-py found in the image's venv, Debian's packages, and the image that holds them."""
+    bom = json.loads((out / f"bom-{flavour}" / "python.json").read_text())
+    _, locked = debian.read_lock()
+    hashes = {(e["package"], e["version"]): e["sha256"] for e in locked}
+    for line in (out / f"bom-{flavour}" / "debian.txt").read_text().splitlines():
+        name, number, architecture = line.split()
+        purl = f"pkg:deb/debian/{name}@{number.replace(':', '%3A').replace('+', '%2B')}?arch={architecture}&distro=debian-{debian.RELEASE}"
+        component = {"type": "library", "bom-ref": purl, "name": name, "version": number, "purl": purl}
+        if (name, number) in hashes:
+            component["hashes"] = [{"alg": "SHA-256", "content": hashes[name, number]}]
+        bom["components"].append(component)
+    bom["metadata"]["component"] = {
+        "type": "container",
+        "bom-ref": f"{NAME}@{digest}",
+        "name": NAME,
+        "version": digest,
+        "properties": [{"name": "recipe:lock", "value": lock_sha256(flavour)}, {"name": "recipe:revision", "value": revision()}],
+    }
+    bom["dependencies"] = [d for d in bom.get("dependencies", []) if d["ref"] != "root-component"]
+    (out / f"{flavour}.cdx.json").write_text(json.dumps(bom, indent=1, sort_keys=True) + "\n")
+
+
+def make_image(flavour, base):
+    started = time.monotonic()
+    check_machine(flavour)
+    fetch(flavour, base)
+    fetched = time.monotonic()
+    archive = OUT / f"{flavour}.tar"
+    say(f"building the {flavour} image (log: {OUT.relative_to(ROOT)}/{flavour}.log)")
+    try:
+        build(flavour, base, archive, OUT / f"{flavour}.log")
+        digest, parts = manifest_digest(archive), sizes(archive)
+        total_gb = sum(parts.values()) / 1e9
+        if total_gb > LIMIT_GB[flavour]:
+            largest = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in list(parts.items())[:5])
+            raise SetupError(f"the {flavour} image has {total_gb:.2f} GB, expected at most {LIMIT_GB[flavour]} (largest: {largest})", code=1)
+        bill_of_materials(flavour, digest)
+        say("loading it into Docker")
+        name = f"{NAME}:{flavour}"
+        previous = engine.image(name)
+        engine.docker("load", "--quiet", "--input", str(archive))
+        engine.docker("tag", digest, name)
+        if previous and previous[0] != digest:
+            engine.call("image", "rm", previous[0])  # refused while a container uses it
+    finally:
+        archive.unlink(missing_ok=True)
+    record = {
+        "digest": digest,
+        "flavour": flavour,
+        "revision": revision(),
+        "lock": lock_sha256(flavour),
+        "sources": sources_sha256(),
+        "bytes": sum(parts.values()),
+        "parts": parts,
+        "seconds": {"fetch": round(fetched - started, 1), "build": round(time.monotonic() - fetched, 1)},
+    }
+    (OUT / f"{flavour}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{name}  {digest}")
+    print(f"{total_gb:.2f} GB (at most {LIMIT_GB[flavour]}); the largest parts:")
+    for part, size in list(parts.items())[:5]:
+        print(f"  {size / 1e9:6.2f} GB  {part}")
+    print(f"packages: {(OUT / f'{flavour}.cdx.json').relative_to(ROOT)}; {time.monotonic() - started:.0f} s")
+
+
+# --- the same twice ---------------------------------------------------------------------------------------
+
+
+def check(flavour, base):
+    """Build twice from nothing, of wheels and packages fetched once, and compare."""
+    check_machine(flavour)
+    fetch(flavour, base)
+    archives = [OUT / f"{flavour}-{turn}.tar" for turn in ("first", "second")]
+    try:
+        for archive in archives:
+            say(f"building the {flavour} image from nothing: {archive.stem}")
+            if base == "local":
+                debian.make_base(OUT / "debs" / flavour / "base", OUT / "base.tar")
+            build(flavour, base, archive, archive.with_suffix(".log"), fresh=True)
+        digests = [manifest_digest(archive) for archive in archives]
+        if digests[0] != digests[1]:
+            raise SetupError(f"two builds differ: {digests[0]} and {digests[1]}; {first_difference(*archives)}", code=1)
+        print(f"two builds from nothing, one digest: {digests[0]}")
+    finally:
+        for archive in archives:
+            archive.unlink(missing_ok=True)
+
+
+def first_difference(first, second):
+    """Where two OCI archives part: the first file, and in what."""
+    for number, (one, other) in enumerate(zip(layers(first), layers(second)), 1):
+        for a, b in zip(one, other):
+            where = f"layer {number}, {a.name}"
+            if a.name != b.name:
+                return f"{where}: the other has {b.name} there"
+            facts = [f for f in ("type", "mode", "uid", "gid", "size", "mtime", "linkname") if getattr(a, f) != getattr(b, f)]
+            if facts:
+                return f"{where}: {facts[0]} is {getattr(a, facts[0])} and {getattr(b, facts[0])}"
+            if a.isreg() and one.extractfile(a).read() != other.extractfile(b).read():
+                return f"{where}: other bytes"
+        if len(one.getnames()) != len(other.getnames()):
+            return f"layer {number}: one has more files"
+    return "all files are the same: the settings of the image differ"
+
+
+def base_alone():
+    OUT.mkdir(parents=True, exist_ok=True)
+    debian.fetch(("base",), OUT / "debs/cpu/base")
+    debian.make_base(OUT / "debs/cpu/base", OUT / "base.tar")
+    print(f"{(OUT / 'base.tar').relative_to(ROOT)}  sha256:{debian.sha256_of(OUT / 'base.tar')}")
+
+
+def main(argv):
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if argv == ["base"]:
+            base_alone()
+            return 0
+        work = {"build": make_image, "build-check": check}[argv[0]]
+        work(wanted_flavour(os.environ), checked_base(os.environ))
+        return 0
+    except SetupError as error:
+        print(f"{argv[0]}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"{argv[0]}: stopped; what was fetched is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
