@@ -32,24 +32,26 @@ def docker(*arguments, **options):
 def call(*arguments, **options):
     if not shutil.which("docker"):
         raise EngineError(f"Docker is not installed: {INSTALL}; RUNTIME=host runs without it")
-    return subprocess.run(["docker", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, **options)
 
 
 def explain(text):
     """One line for a known complaint of docker's, else None."""
     address = os.environ.get("DOCKER_HOST", "/var/run/docker.sock")
-    if "permission denied" in text and ("docker.sock" in text or "daemon socket" in text):
+    if re.search(r"permission denied.*(docker\.sock|daemon socket|docker API)", text):
         return (
             f"you may not use Docker ({address}): `sudo usermod -aG docker $USER`, then log in again; "
             "members of that group are as good as root"
         )
-    if re.search(r"Cannot connect to the Docker daemon|Is the docker daemon running|error during connect", text):
+    if re.search(
+        r"[Cc]annot connect to the Docker|failed to connect to the docker API|error during connect", text
+    ):
         return f"the Docker daemon does not answer ({address}): `sudo systemctl start docker`, then `systemctl status docker`"
     if re.search(r"is not a docker command|unknown (?:shorthand )?flag|unknown command", text):
         return None  # the caller knows which plugin that is
     if "no space left on device" in text:
         return "the disk of Docker's data is full: `docker system df` shows what is on it, `docker builder prune` frees the build cache"
-    if "could not select device driver" in text or "unresolvable CDI devices" in text or "CDI device injection failed" in text:
+    if re.search("could not select device driver|unresolvable CDI devices|CDI device injection failed", text):
         return no_gpu_line()
     if "rlimit" in text or "RLIMIT" in text:
         return (
@@ -83,7 +85,9 @@ def require_compose():
     done = call("compose", "version", "--short")
     version = re.match(r"v?(\d+)\.(\d+)", done.stdout.strip())
     if done.returncode or not version:
-        raise EngineError("the compose plugin of Docker is missing: `sudo apt install docker-compose-plugin` (Debian: docker-compose)")
+        raise EngineError(
+            "the compose plugin of Docker is missing: `sudo apt install docker-compose-plugin` (Debian: docker-compose)"
+        )
     if (int(version[1]), int(version[2])) < NEEDED_COMPOSE:
         raise EngineError(
             f"docker compose is {done.stdout.strip()}, expected {'.'.join(map(str, NEEDED_COMPOSE))} or newer: update Docker's packages"
@@ -93,7 +97,9 @@ def require_compose():
 def require_builder():
     """What `make build` needs beside the daemon."""
     if call("buildx", "version").returncode:
-        raise EngineError("the buildx plugin of Docker is missing: `sudo apt install docker-buildx-plugin` (Debian: docker-buildx)")
+        raise EngineError(
+            "the buildx plugin of Docker is missing: `sudo apt install docker-buildx-plugin` (Debian: docker-buildx)"
+        )
     if ["driver-type", "io.containerd.snapshotter.v1"] not in (info().get("DriverStatus") or []):
         raise EngineError(
             "Docker keeps images in its old store, which cannot make one of a known digest: put "
@@ -109,7 +115,9 @@ def gpu_devices(folders=CDI_FOLDERS):
     """
     for folder in folders:
         for file in sorted(Path(folder).glob("*")):
-            if file.suffix in (".yaml", ".json") and re.search(r"kind[\"']?:\s*[\"']?nvidia\.com/gpu", file.read_text(errors="replace")):
+            if file.suffix not in (".yaml", ".json"):
+                continue
+            if re.search(r"kind[\"']?:\s*[\"']?nvidia\.com/gpu", file.read_text(errors="replace")):
                 return ["nvidia.com/gpu=all"]
     return []
 
@@ -128,7 +136,7 @@ def image(name):
     """(digest, labels) of a local image, or None."""
     done = call("image", "inspect", name)
     if done.returncode:
-        if "No such image" in done.stderr or "not found" in done.stderr:
+        if re.search(r"[Nn]o such image|image.* not found", done.stderr):  # not: "context not found"
             return None
         raise EngineError(explain(done.stderr) or f"docker image inspect: {last_line(done.stderr)}")
     found = json.loads(done.stdout)[0]
