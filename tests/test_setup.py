@@ -27,6 +27,7 @@ def script(name):
 
 
 setup, lock = script("setup"), script("lock")
+MAKE_SETTINGS = re.search(r"^export (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def clone(tmp_path):
 
 
 def environment(**changes):
-    """This process's environment, without anything that steers set-up or pip, and then the changes."""
+    """This process's environment, without anything that steers make, set-up or pip, and then the changes."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "MAKE", "MFLAGS"))}
-    for name in ("PYTHON", "FLAVOUR", "TORCH_INDEX"):
+    for name in MAKE_SETTINGS:  # `make test` hands its own on
         kept.pop(name, None)
     return kept | {"PIP_CONFIG_FILE": os.devnull, "FLAVOUR": "cpu"} | changes
 
@@ -494,12 +495,16 @@ def test_the_cpu_lock_takes_the_recorded_cpu_builds_of_torch():
 # --- make -------------------------------------------------------------------------------------------------
 
 
-def make(clone, *args):
-    return subprocess.run(["make", *args], cwd=clone, env=environment(), capture_output=True, text=True)
+def make(clone, *args, **changes):
+    env = environment(**changes)
+    return subprocess.run(["make", *args], cwd=clone, env=env, capture_output=True, text=True)
 
 
 def test_make_passes_values_as_they_are(clone):
-    """A value is data: neither a space nor a quote nor a command in it reaches the shell."""
+    """A value is data: neither a space nor a quote nor a command in it reaches the shell.
+
+    Here on the host; into the container: tests/image/test_engine.py.
+    """
     finish(clone)
     (clone / ".venv/bin/python").unlink()
     echo = clone / ".venv/bin/python"
@@ -507,7 +512,8 @@ def test_make_passes_values_as_they_are(clone):
     echo.chmod(0o755)
     setup.write_stamp("cpu", clone)
     name = """a b'c"; touch injected; `touch injected`"""
-    done = make(clone, "train", f"RUN={name}", "CONFIG=my config.yaml", "DATA=x;y", "ARGS=--set a='b c'")
+    values = [f"RUN={name}", "CONFIG=my config.yaml", "DATA=x;y", "ARGS=--set a='b c'"]
+    done = make(clone, "train", *values, RUNTIME="host")
     assert done.stdout == (
         f"[-m][recipe][train][--config][my config.yaml][--data][x;y][--run][{name}][--set][a=b c]"
     )
@@ -515,18 +521,27 @@ def test_make_passes_values_as_they_are(clone):
     assert not (clone / "injected").exists()
 
 
-@pytest.mark.parametrize("runtime", ["docker", "podman"])
-def test_make_refuses_a_runtime_it_has_not(clone, runtime):
-    done = make(clone, "train", f"RUNTIME={runtime}")
+def test_make_refuses_a_runtime_it_has_not(clone):
+    done = make(clone, "train", "RUNTIME=podman")
     assert done.returncode == 2
-    assert f"RUNTIME={runtime}: " in done.stderr.splitlines()[0]
+    assert done.stderr.splitlines()[0] == "runtime: RUNTIME=podman: expected auto, docker or host"
     assert not (clone / ".venv").exists()
+
+
+def test_on_the_host_an_unfinished_setup_is_finished_first(clone):
+    """Its refusal is the run's: nothing is run by half."""
+    done = make(clone, "plan", "RUNTIME=host", FLAVOUR="rocm")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "runtime: FLAVOUR=rocm: expected cpu or gpu"
+    done = make(clone, "plan", RUNTIME="host", PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "setup: no network: 127.0.0.1 cannot be reached" in done.stderr
 
 
 def test_make_help_lists_every_target(clone):
     told = make(clone).stdout
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
-    for target in set(phony) - {"help", "ready", "runtime"}:
+    for target in set(phony) - {"help", "ready", "python"}:
         assert re.search(rf"^  make {target} ", told, re.MULTILINE), target
 
 

@@ -134,7 +134,7 @@ def measured(spec: Spec, gpus: list[Gpu]) -> dict[str, Any]:
 
 
 def launcher(processes: int, module: str, *arguments: str) -> list[str]:
-    ranks = ["--standalone", "--nproc_per_node", str(processes)]
+    ranks = ["--standalone", "--local-addr", "localhost", "--nproc_per_node", str(processes)]
     return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", module, *arguments]
 
 

@@ -155,7 +155,9 @@ def command(run: Run, plan: Plan, resume: Path | None, on_gpu: bool) -> list[str
             str(plan.world_size),
         ]
     else:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(plan.world_size)]
+        # By its own name a host may not find itself: a container without network has no name server.
+        launcher = ["torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+        launcher += ["--nproc_per_node", str(plan.world_size)]
     placement = json.dumps(dataclasses.asdict(plan.placement))
     arguments = [str(run.folder), "--placement", placement, *(["--resume", str(resume)] if resume else [])]
     return [sys.executable, "-m", *launcher, "-m", WORKER, *arguments]
