@@ -26,8 +26,14 @@ def script(name):
     return module
 
 
+def makefile_words(head):
+    """What a line of the Makefile lists, over its continuations."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    return re.search(rf"^{head} (.*)", text, re.MULTILINE).group(1).split()
+
+
 setup, lock = script("setup"), script("lock")
-MAKE_SETTINGS = re.search(r"^export (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+MAKE_SETTINGS = makefile_words("export")
 
 
 @pytest.fixture
@@ -540,8 +546,7 @@ def test_on_the_host_an_unfinished_setup_is_finished_first(clone):
 
 def test_make_help_lists_every_target(clone):
     told = make(clone).stdout
-    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
-    for target in set(phony) - {"help", "ready", "python"}:
+    for target in set(makefile_words(r"\.PHONY:")) - {"help", "ready", "python"}:
         assert re.search(rf"^  make {target} ", told, re.MULTILINE), target
 
 
