@@ -31,13 +31,18 @@ ARCHIVES = {"debian": (SUITE, f"{SUITE}-updates"), "debian-security": (f"{SUITE}
 # What each part brings; apt adds what these depend on. The base is Debian's essential packages, without apt.
 WANTED = {
     "base": ["?essential ?not(?name(^apt$))", "usr-is-merged"],
-    "cpu": ["python3", "libstdc++6", "libgomp1", "tini"],  # torch and bitsandbytes are linked with the libraries
+    "cpu": [
+        "python3",
+        "libstdc++6",
+        "libgomp1",
+        "tini",
+    ],  # torch and bitsandbytes are linked with the libraries
     "gpu": ["gcc", "libc6-dev", "libpython3.11-dev"],  # Triton compiles its launchers on first use
 }
 # Parts of an image, each on top of those before.
 PARTS = {"cpu": ("base", "cpu"), "gpu": ("base", "cpu", "gpu")}
 # Documentation and translations, which nobody reads in a container (image/install-debian has dpkg leave them out too).
-LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
+LEFT_OUT = tuple(f"usr/share/{kind}/" for kind in ("doc", "doc-base", "man", "info", "locale", "lintian"))
 MERGED = ("bin", "sbin", "lib", "lib64")  # links into /usr, as everywhere in Debian 12
 HEADER = """\
 # Made by `make lock`; do not edit. Debian {release} ({suite}), {architecture}.
@@ -51,7 +56,9 @@ def read_lock(lock=LOCK):
     names = ("part", "package", "version", "archive", "place", "sha256")
     lines = lock.read_text().splitlines()
     date = next(line.partition("Date: ")[2] for line in lines if line.startswith("# Date: "))
-    return date, [dict(zip(names, line.split())) for line in lines if line and not line.startswith("#")]
+    return date, [
+        dict(zip(names, line.split(), strict=True)) for line in lines if line and not line.startswith("#")
+    ]
 
 
 def epoch(lock=LOCK):
@@ -70,16 +77,18 @@ def mirrors(environ=os.environ, apt="/etc/apt"):
     if given:
         if not given.endswith("/debian") and "/debian/" not in given:
             raise SetupError(f"DEBIAN_MIRROR={given}: expected an address that ends with /debian")
-        security = environ.get("DEBIAN_SECURITY_MIRROR") or re.sub(r"/debian(?=/|$)", "/debian-security", given, count=1)
+        beside = re.sub(r"(?<!/)/debian(?=/|$)", "/debian-security", given, count=1)
+        security = environ.get("DEBIAN_SECURITY_MIRROR") or beside
         return {"debian": given, "debian-security": security.rstrip("/")}
-    found = {}
+    found: dict[str, str] = {}
     for source in [Path(apt, "sources.list"), *sorted(Path(apt, "sources.list.d").glob("*"))]:
         if source.is_file() and source.suffix in (".list", ".sources"):
             for line in source.read_text(errors="replace").splitlines():
-                address = re.match(r"\s*(?:URIs:|deb\s+(?:\[[^]]*\]\s+)?)\s*(\S+?)/?(?:\s|$)", line)
-                name = address and address[1].rpartition("/")[2]
-                if name in ARCHIVES:
-                    found.setdefault(name, address[1])
+                named = re.match(r"\s*(?:URIs:|deb\s+(?:\[[^]]*\]\s+)?)\s*(\S+)", line)
+                for address in _listed(named[1]) if named else ():
+                    name = address.rpartition("/")[2]
+                    if name in ARCHIVES:
+                        found.setdefault(name, address)
     if "debian" not in found:
         raise SetupError(
             "apt on this machine has no Debian mirror: give one with DEBIAN_MIRROR=http://HOST/debian "
@@ -87,6 +96,15 @@ def mirrors(environ=os.environ, apt="/etc/apt"):
         )
     found.setdefault("debian-security", found["debian"] + "-security")
     return found
+
+
+def _listed(address):
+    """The addresses that a source names; Debian's cloud images keep them in a file (`mirror+file:`)."""
+    addresses = [address]
+    if address.startswith("mirror+file:"):
+        file = Path("/" + address.removeprefix("mirror+file:").lstrip("/"))
+        addresses = file.read_text(errors="replace").split() if file.is_file() else []
+    return [address.rstrip("/") for address in addresses]
 
 
 def require(program, package):
@@ -134,7 +152,9 @@ class Apt:
         done = subprocess.run([*self.command, *arguments], capture_output=True, text=True)
         errors = [line for line in done.stderr.splitlines() if line.startswith(("E:", "W: Failed to fetch"))]
         if done.returncode or errors:
-            raise SetupError(f"apt: {errors[0][3:] if errors else done.stderr.strip() or 'failed'}; DEBIAN_MIRROR= names another mirror")
+            raise SetupError(
+                f"apt: {errors[0][3:] if errors else done.stderr.strip() or 'failed'}; DEBIAN_MIRROR= names another mirror"
+            )
         return done.stdout
 
     def resolve(self, wanted):
@@ -189,11 +209,17 @@ def sha256_of(path):
 def fetch(parts, folder, lock=LOCK):
     """Put the locked packages of these parts into `folder`, which then holds nothing else. Raises SetupError."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {os.path.basename(e["place"]).replace("%3a", ":").replace("%2b", "+"): e for e in read_lock(lock)[1] if e["part"] in parts}
+    wanted = {
+        os.path.basename(e["place"]).replace("%3a", ":").replace("%2b", "+"): e
+        for e in read_lock(lock)[1]
+        if e["part"] in parts
+    }
     for path in folder.iterdir():
         if path.name not in wanted:
             path.unlink()
-    missing = {n: e for n, e in wanted.items() if not (folder / n).exists() or sha256_of(folder / n) != e["sha256"]}
+    missing = {
+        n: e for n, e in wanted.items() if not (folder / n).exists() or sha256_of(folder / n) != e["sha256"]
+    }
     if not missing:
         return
     require("apt-get", "apt")
@@ -202,10 +228,18 @@ def fetch(parts, folder, lock=LOCK):
     # One at a time: a helper that is given many ends with the first that fails.
     for name, entry in missing.items():
         address = f"{addresses[entry['archive']]}/{entry['place']}"
-        command = [APT_HELPER, "-oAPT::Sandbox::User=root", "download-file", address, str(folder / name), "SHA256:" + entry["sha256"]]
+        command = [
+            APT_HELPER,
+            "-oAPT::Sandbox::User=root",
+            "download-file",
+            address,
+            str(folder / name),
+            "SHA256:" + entry["sha256"],
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            (folder / name).unlink(missing_ok=True)
+            for left in (folder / name, folder / f"{name}.FAILED"):  # apt's name for what has another hash
+                left.unlink(missing_ok=True)
             said = [line[3:] for line in (done.stdout + done.stderr).splitlines() if line.startswith("E:")]
             if any("404" in line for line in said):
                 raise SetupError(
@@ -227,26 +261,45 @@ def make_base(packages, tar):
     """
     require("dpkg-deb", "dpkg")
     part = tar.with_suffix(".part")
-    with tarfile.open(str(part), "w", format=tarfile.PAX_FORMAT) as root:
-        seen = set()
-        for name in MERGED:
-            for entry in (_entry("usr"), _entry(f"usr/{name}"), _entry(name, f"usr/{name}")):
-                _add(root, entry, seen)
-        for path in sorted(packages.glob("*.deb")):
-            unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE)
+    try:
+        with tarfile.open(str(part), "w", format=tarfile.PAX_FORMAT) as root:
+            seen: set[str] = set()
+            for name in MERGED:
+                for entry in (_entry("usr"), _entry(f"usr/{name}"), _entry(name, f"usr/{name}")):
+                    _add(root, entry, seen)
+            for path in sorted(packages.glob("*.deb")):
+                _unpack(path, root, seen)
+        os.replace(str(part), str(tar))
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _unpack(path, root, seen):
+    """Add a package's files to the tar `root`, but for documentation and what is there already."""
+    command = ["dpkg-deb", "--fsys-tarfile", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpack:
+        assert unpack.stdout
+        try:
             with tarfile.open(fileobj=unpack.stdout, mode="r|") as contents:
                 for entry in contents:
-                    entry.name, entry.linkname = _merged(entry.name), _merged(entry.linkname) if entry.islnk() else entry.linkname
-                    if entry.name and not entry.name.startswith(LEFT_OUT):
+                    entry.name = _merged(entry.name)
+                    if entry.islnk():
+                        entry.linkname = _merged(entry.linkname)
+                    if entry.name and not f"{entry.name}/".startswith(LEFT_OUT):
                         _add(root, entry, seen, contents.extractfile(entry) if entry.isreg() else None)
-            if unpack.wait():
-                raise SetupError(f"{path}: dpkg-deb cannot unpack it", code=1)
-    os.replace(str(part), str(tar))
+            while unpack.stdout.read(1 << 20):  # its padding
+                pass
+        except tarfile.TarError:
+            unpack.kill()
+        if unpack.wait():
+            raise SetupError(f"{path}: dpkg-deb cannot unpack it", code=1)
 
 
 def _entry(name, link=None):
     entry = tarfile.TarInfo(name)
-    entry.type, entry.mode, entry.linkname = (tarfile.SYMTYPE, 0o777, link) if link else (tarfile.DIRTYPE, 0o755, "")
+    entry.type, entry.mode, entry.linkname = (
+        (tarfile.SYMTYPE, 0o777, link) if link else (tarfile.DIRTYPE, 0o755, "")
+    )
     return entry
 
 
@@ -259,7 +312,13 @@ def _add(root, entry, seen, content=None):
 def _merged(name):
     """The place of a package's file in a merged /usr, without ./ before and / behind."""
     name = name.removeprefix(".").strip("/")
-    return f"usr/{name}" if name.split("/")[0] in MERGED and name not in MERGED else "" if name in MERGED else name
+    return (
+        f"usr/{name}"
+        if name.split("/")[0] in MERGED and name not in MERGED
+        else ""
+        if name in MERGED
+        else name
+    )
 
 
 if __name__ == "__main__":
