@@ -56,6 +56,7 @@ GOOD = {
     "buildx": "0.13.1",
     "images": {},
     "info": {"DriverStatus": CONTAINERD_STORE, "CDISpecDirs": [], "DockerRootDir": "/var/lib/docker"},
+    "build": [0, ""],  # exit code and output of `buildx build`
     "runs": [],  # [exit code, stderr] of each `compose run`, in turn; 0 after those
 }
 
@@ -99,6 +100,8 @@ def main(folder, arguments):
             end(0, state["compose"] + "\n")
         case ["buildx", "version"]:
             end(0, f"github.com/docker/buildx {state['buildx']} {state['buildx']}\n")
+        case ["buildx", "build", *_]:
+            end(*state["build"])
         case ["compose", *_]:
             code, text = state["runs"].pop(0) if state["runs"] else (0, "")
             (folder / "state.json").write_text(json.dumps(state))
