@@ -135,8 +135,10 @@ def own_folder(name):
 
 def start(arguments, service, flavour, environ):
     """`docker compose run` of a service; its exit code. Signals reach the run, which saves before it ends."""
-    options = ["run", "--rm", "--no-deps"]
-    if not (sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()):
+    container = f"{image.NAME}-{service}-{os.getpid()}"
+    options = ["run", "--rm", "--no-deps", "--name", container]
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
+    if not terminal:
         options.append("-T")  # a terminal would mix results and messages into one stream
     for path, writable in outside_paths(arguments):
         options += ["--volume", f"{path}:{path}{'' if writable else ':ro'}"]
@@ -147,10 +149,21 @@ def start(arguments, service, flavour, environ):
             options += [word for name in CERTIFICATES for word in ("--env", f"{name}=/etc/ssl/host.pem")]
     name = service if flavour == "gpu" else f"{service}-cpu"
     command = ["docker", "compose", "--project-directory", str(ROOT), "--file", str(ROOT / "compose.yaml"), *options, name]
-    process = subprocess.Popen([*command, *arguments], env=environ)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to docker too
-    signal.signal(signal.SIGTERM, lambda number, _frame: process.send_signal(number))
+
+    # Compose without a terminal would leave the container behind at a signal: it gets none, and the container all.
+    def forward(number, _frame):
+        engine.call("kill", f"--signal={number}", container)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = subprocess.Popen(
+        [*command, *arguments],
+        env=environ,
+        stdin=subprocess.DEVNULL if sys.stdin.isatty() and not terminal else None,
+        process_group=None if terminal else 0,
+    )
     code = process.wait()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     if code not in (0, 1, 2, 130, 143):
         explain_start(command, environ)
     return code
