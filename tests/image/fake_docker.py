@@ -17,12 +17,12 @@ UNREACHABLE = {
     "down 29": (
         29,
         "failed to connect to the docker API at {at}; check if the path is correct and if the daemon is running: "
-        "dial unix /var/run/docker.sock: connect: no such file or directory",
+        "dial unix {socket}: connect: no such file or directory",
     ),
     "denied": (
         26,
         "permission denied while trying to connect to the Docker daemon socket at {at}: "
-        'Get "http://%2Fvar%2Frun%2Fdocker.sock/v1.45{path}": dial unix /var/run/docker.sock: connect: permission denied',
+        'Get "http://{quoted}/v1.45{path}": dial unix {socket}: connect: permission denied',
     ),
     "denied 29": (29, "permission denied while trying to connect to the docker API at {at}"),
     "no such context": (
@@ -70,7 +70,9 @@ def end(code, out="", err=""):
 def require_engine(state, path):
     if state["engine"] != "up":
         version, text = UNREACHABLE[state["engine"]]
-        text = text.format(at=os.environ.get("DOCKER_HOST", SOCKET), path=path) + "\n"
+        at = os.environ.get("DOCKER_HOST", SOCKET)
+        socket = at.removeprefix("unix://")
+        text = text.format(at=at, path=path, socket=socket, quoted=socket.replace("/", "%2F")) + "\n"
         if path == "/info":
             answer = {"DriverStatus": None, "CDISpecDirs": None, "DockerRootDir": ""}
             if version < 28:  # this one ends with 0

@@ -166,12 +166,22 @@ def test_an_engine_that_cannot_be_asked_has_no_facts(docker, monkeypatch, engine
     assert "\n" not in str(refused.value)
 
 
-def test_the_address_of_another_engine_is_named(docker, monkeypatch):
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        ("down", "the Docker daemon does not answer (unix:///run/other.sock)"),
+        ("down 29", "the Docker daemon does not answer (unix:///run/other.sock)"),
+        ("denied", "you may not use Docker (unix:///run/other.sock)"),
+        ("denied 29", "you may not use Docker (unix:///run/other.sock)"),
+    ],
+)
+def test_the_address_of_another_engine_is_named(docker, monkeypatch, state, line):
     monkeypatch.setenv("PATH", str(docker.folder))
-    monkeypatch.setenv("DOCKER_HOST", "tcp://builder:2376")
-    docker.set(engine="down")
-    with pytest.raises(engine.EngineError, match=r"does not answer \(tcp://builder:2376\)"):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///run/other.sock")
+    docker.set(engine=state)
+    with pytest.raises(engine.EngineError) as refused:
         engine.image("qlora-70b-recipe:cpu")
+    assert str(refused.value).startswith(line)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the image is for x86_64, which is said first")
