@@ -7,6 +7,7 @@ The texts and exit codes are those of the clients 26 (Debian's) and 28, and of 2
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 SOCKET = "unix:///var/run/docker.sock"
@@ -58,6 +59,7 @@ GOOD = {
     "info": {"DriverStatus": CONTAINERD_STORE, "CDISpecDirs": [], "DockerRootDir": "/var/lib/docker"},
     "build": [0, ""],  # exit code and output of `buildx build`
     "runs": [],  # [exit code, stderr] of each `compose run`, in turn; 0 after those
+    "until_killed": False,  # a container runs until `docker kill`
 }
 
 
@@ -107,7 +109,12 @@ def main(folder, arguments):
         case ["compose", *_]:
             code, text = state["runs"].pop(0) if state["runs"] else (0, "")
             (folder / "state.json").write_text(json.dumps(state))
+            while state["until_killed"] and not (folder / "killed").exists():
+                time.sleep(0.05)
             end(code, err=text)
+        case ["kill", *_]:
+            (folder / "killed").touch()
+            end(0)
     end(125, err=f"unknown flag or command: {arguments}\n")
 
 

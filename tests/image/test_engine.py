@@ -226,7 +226,7 @@ def test_on_the_host_docker_is_not_asked(checkout, docker, environment):
 @pytest.mark.parametrize("flavour", ["cpu", "gpu"])
 def test_where_all_is_there_the_container_runs(checkout, docker, environment, flavour, runtime):
     """Values reach it as they are; its exit code comes back."""
-    docker.set(images=good(checkout, flavour), info={"CDISpecDirs": ["/etc/cdi"]}, runs=[[1, "no\n"]])
+    docker.set(images=good(checkout, flavour), info={"CDISpecDirs": ["/etc/cdi"]}, runs=[[2, "no\n"]])
     describe_gpus(checkout)
     name = """a b'c"; touch injected; `touch injected`"""
     values = [f"RUN={name}", "CONFIG=my config.yaml", "DATA=x;y", "ARGS=--set a='b c'"]

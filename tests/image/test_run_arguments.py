@@ -3,9 +3,11 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -375,6 +377,27 @@ def test_a_container_that_does_not_start_is_explained(start, text, line):
     code, told, _ = start("train", runs=[failure, failure])
     assert code == 2
     assert told.splitlines()[-1].startswith("runtime: ") and line in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_goes_to_the_container_which_ends_in_its_own_way(
+    checkout, docker, environment, number, code
+):
+    docker.set(images=good(checkout), until_killed=True, runs=[[code, "saved\n"]])
+    command = [sys.executable, str(checkout / "scripts/run.py"), "train"]
+    environ = environment(RUNTIME="docker")
+    process = subprocess.Popen(
+        command, env=environ, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    while not docker.runs():
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=20)
+    assert (process.returncode, told.splitlines()[1:]) == (code, ["saved"])
+    (run_call,) = docker.runs()
+    name = run_call["argv"][run_call["argv"].index("--name") + 1]
+    kills = [call["argv"] for call in docker.calls() if call["argv"][0] == "kill"]
+    assert kills == [["kill", f"--signal={number:d}", name]]
 
 
 # --- what only the network's stage needs ------------------------------------------------------------------
