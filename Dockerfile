@@ -28,8 +28,11 @@ RUN --network=none \
     sh /dev/install-packages "$FLAVOUR" /dev/wheels/run /opt/venv
 COPY LICENSE pyproject.toml requirements-*.lock /opt/recipe/
 COPY recipe /opt/recipe/recipe
+# Times and modes are those of a clone, which differ from one to the next.
 RUN --network=none \
-    echo /opt/recipe >/opt/recipe.pth \
+    chmod -R u=rwX,go=rX /opt/recipe \
+    && find /opt/recipe -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} + \
+    && echo /opt/recipe >/opt/recipe.pth \
     && PYTHONHASHSEED=0 python3 -m compileall -q --invalidation-mode unchecked-hash /opt/recipe
 
 # The software bill of materials, which lies beside the image: what pip and dpkg say is installed.

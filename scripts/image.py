@@ -3,6 +3,7 @@
     make build                 # FLAVOUR=cpu|gpu; else gpu if this machine has an NVIDIA GPU
     make build BASE=IMAGE      # on a Debian image by digest, not on the one that `make base` makes
     make build-check           # builds twice from nothing and compares, naming the first file that differs
+    scripts/image.py digest    # the digest alone, of an image that is not kept
     make base                  # Debian's essential packages alone: build/image/base.tar
 
 Packages and wheels are fetched first and checked against the locks; the build itself has no network. What is made
@@ -14,6 +15,7 @@ Standard library only: Docker and Python 3.11 are enough to build.
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -52,7 +54,18 @@ PYTHON = "3.11"  # Debian 12's
 LIMIT_GB = {"cpu": 1.6, "gpu": 7.0}
 DISK_GIB = {"cpu": 8, "gpu": 35}
 SOURCES = ("Dockerfile", "LICENSE", "pyproject.toml", "image", "recipe", *sorted(LOCKS.values()))
-TAGS = ["--implementation", "cp", "--python-version", PYTHON, "--abi", "cp311", "--abi", "abi3", "--abi", "none"]
+TAGS = [
+    "--implementation",
+    "cp",
+    "--python-version",
+    PYTHON,
+    "--abi",
+    "cp311",
+    "--abi",
+    "abi3",
+    "--abi",
+    "none",
+]
 TAGS += [word for minor in range(5, 37) for word in ("--platform", f"manylinux_2_{minor}_x86_64")]
 TAGS += [word for old in ("1", "2010", "2014") for word in ("--platform", f"manylinux{old}_x86_64")]
 
@@ -66,27 +79,41 @@ def source_files(root=ROOT):
     for name in SOURCES:
         path = root / name
         found += [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file())
-    return sorted(p for p in found if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(root).parts))
+    return sorted(
+        p
+        for p in found
+        if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(root).parts)
+    )
 
 
 def sources_sha256(root=ROOT):
     digest = hashlib.sha256()
     for path in source_files(root):
-        digest.update(f"{path.relative_to(root)}\0{os.stat(path).st_mode & 0o111:o}\0".encode() + path.read_bytes() + b"\0")
+        digest.update(
+            f"{path.relative_to(root)}\0{'x' if os.stat(path).st_mode & 0o100 else '-'}\0".encode()
+            + path.read_bytes()
+            + b"\0"
+        )
     return digest.hexdigest()
 
 
 def lock_sha256(flavour, root=ROOT):
     """Of the packages: Python's and Debian's."""
-    return hashlib.sha256((root / LOCKS[flavour]).read_bytes() + (root / "image/debian.lock").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (root / LOCKS[flavour]).read_bytes() + (root / "image/debian.lock").read_bytes()
+    ).hexdigest()
 
 
 def revision(root=ROOT):
     """The commit, with `-dirty` where what goes into the image differs from it; `unknown` without git."""
     try:
         git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--", *SOURCES], capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", *SOURCES], capture_output=True, text=True, check=True
+        ).stdout
         return commit + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -99,13 +126,17 @@ def version(root=ROOT):
 def checked_base(environ):
     base = environ.get("BASE") or "local"
     if base != "local" and not re.search(r"@sha256:[0-9a-f]{64}$", base):
-        raise SetupError(f"BASE={base}: expected an image by digest (NAME@sha256:…), so that it is the same tomorrow, or nothing")
+        raise SetupError(
+            f"BASE={base}: expected an image by digest (NAME@sha256:…), so that it is the same tomorrow, or nothing"
+        )
     return base
 
 
 def check_machine(flavour):
     if platform.machine() != "x86_64":
-        raise SetupError(f"this machine is {platform.machine()}, the image is for x86_64; RUNTIME=host runs on aarch64 too")
+        raise SetupError(
+            f"this machine is {platform.machine()}, the image is for x86_64; RUNTIME=host runs on aarch64 too"
+        )
     for name in LOCKS.values():
         stale = lock.stale(ROOT / name)
         if stale:
@@ -146,8 +177,9 @@ def fetch_wheels(flavour, out=OUT):
     for part, root in (("run", "requirements.in"), ("bom", "cyclonedx-bom")):
         wanted = lock.needed_by(entries, root)
         folder, text = out / "wheels" / flavour / part, "".join(wanted)
-        if (folder / "requirements.txt").exists() and (folder / "requirements.txt").read_text() == text:
-            continue  # it was written when all were there; the build checks their hashes again
+        stamp = folder / "requirements.txt"
+        if stamp.exists() and stamp.read_text() == text and len(list(folder.glob("*.whl"))) == len(wanted):
+            continue  # the build checks their hashes again
         say(f"fetching {len(wanted)} wheels ({part})")
         aside = folder.with_name(part + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
@@ -181,7 +213,13 @@ def for_the_image(pip, entries):
         "print(json.dumps([not (m := R(line).marker) or m.evaluate(e) for line in json.load(sys.stdin)]))"
     )
     lines = [entry.partition(" \\\n")[0] for entry in entries]
-    done = subprocess.run([pip.python, "-c", program, PYTHON], input=json.dumps(lines), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [pip.python, "-c", program, PYTHON],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [entry for entry, holds in zip(entries, json.loads(done.stdout)) if holds]
 
 
@@ -198,7 +236,17 @@ def torch_source():
 def download(pip, entries, folder, lock_name, extra=()):
     requirements = folder / "wanted.txt"
     requirements.write_text("".join(entries))
-    args = ["-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-d", str(folder)]
+    args = [
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+        "-d",
+        str(folder),
+    ]
     pip.run([*args, *TAGS, *extra, "-r", str(requirements)], lock_name, total=len(entries))
     requirements.unlink()
 
@@ -217,21 +265,51 @@ def build(flavour, base, archive, log, fresh=False, out=OUT):
         "SOURCES": sources_sha256(),
         "SOURCE_DATE_EPOCH": str(debian.epoch()),
     }
-    command = ["buildx", "build", "--progress=plain", "--provenance=false", "--network=none", f"--platform=linux/{debian.ARCHITECTURE}"]
+    command = [
+        "buildx",
+        "build",
+        "--progress=plain",
+        "--provenance=false",
+        "--network=none",
+        f"--platform=linux/{debian.ARCHITECTURE}",
+    ]
     command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
-    command += [f"--build-context=debs={out / 'debs' / flavour}", f"--build-context=wheels={out / 'wheels' / flavour}"]
+    command += [
+        f"--build-context=debs={out / 'debs' / flavour}",
+        f"--build-context=wheels={out / 'wheels' / flavour}",
+    ]
     # Not compressed: what a compressor writes depends on its version.
     image = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed,force-compression=true"
     with open(log, "w") as file:
-        run_build([*command, *(["--no-cache"] if fresh else []), "--target=image", f"--output={image}", str(ROOT)], file, base)
-        run_build([*command, "--target=bom", f"--output=type=local,dest={out / ('bom-' + flavour)}", str(ROOT)], file, base)
+        run_build(
+            [*command, *(["--no-cache"] if fresh else []), "--target=image", f"--output={image}", str(ROOT)],
+            file,
+            base,
+        )
+        run_build(
+            [*command, "--target=bom", f"--output=type=local,dest={out / ('bom-' + flavour)}", str(ROOT)],
+            file,
+            base,
+        )
 
 
 def run_build(command, log, base):
     """docker buildx, its noise in the log, its steps on the terminal."""
     # BuildKit reads proxies and SOURCE_DATE_EPOCH from here too; nothing of ours, such as a token, is needed.
-    environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "TMPDIR")}
-    process = subprocess.Popen(["docker", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environ)
+    environ = {
+        k: v
+        for k, v in os.environ.items()
+        if k
+        in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "TMPDIR")
+    }
+    process = subprocess.Popen(
+        ["docker", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environ,
+    )
     lines = collections.deque(maxlen=2000)
     try:
         for line in process.stdout:
@@ -254,9 +332,15 @@ def explain(lines, base, log):
     if own:
         return SetupError(own[-1])
     if "exec format error" in text or "no match for platform" in text:
-        return SetupError(f"BASE={base}: is for another processor, expected {debian.ARCHITECTURE}; name the image of that platform")
-    if base != "local" and re.search(r"failed to resolve source metadata|pull access denied|failed to do request|dial tcp", text):
-        return SetupError(f"BASE={base}: cannot be fetched; check the name, the digest and the network, or leave BASE out")
+        return SetupError(
+            f"BASE={base}: is for another processor, expected {debian.ARCHITECTURE}; name the image of that platform"
+        )
+    if base != "local" and re.search(
+        r"failed to resolve source metadata|pull access denied|failed to do request|dial tcp", text
+    ):
+        return SetupError(
+            f"BASE={base}: cannot be fetched; check the name, the digest and the network, or leave BASE out"
+        )
     known = engine.explain(text)
     if known:
         return SetupError(known)
@@ -275,6 +359,7 @@ def manifest_digest(archive):
 def layers(archive):
     """The layers of an OCI archive, in order, each as an open tar."""
     with tarfile.open(archive) as tar:
+
         def blob(digest):
             return tar.extractfile("blobs/" + digest.replace(":", "/"))
 
@@ -290,7 +375,13 @@ def part_of(name):
     if package:
         first = re.sub(r"(\.libs|-[^-]*\.dist-info|\.py|\.pth)$", "", package[1])
         return f"{first}/{package[2]}" if first == "nvidia" and package[2] else first
-    return "recipe" if name.startswith("opt/recipe/") else "python" if "python3" in name or name.startswith("opt/venv") else "debian"
+    return (
+        "recipe"
+        if name.startswith("opt/recipe/")
+        else "python"
+        if "python3" in name or name.startswith("opt/venv")
+        else "debian"
+    )
 
 
 def sizes(archive):
@@ -319,7 +410,10 @@ def bill_of_materials(flavour, digest, out=OUT):
         "bom-ref": f"{NAME}@{digest}",
         "name": NAME,
         "version": digest,
-        "properties": [{"name": "recipe:lock", "value": lock_sha256(flavour)}, {"name": "recipe:revision", "value": revision()}],
+        "properties": [
+            {"name": "recipe:lock", "value": lock_sha256(flavour)},
+            {"name": "recipe:revision", "value": revision()},
+        ],
     }
     bom["dependencies"] = [d for d in bom.get("dependencies", []) if d["ref"] != "root-component"]
     (out / f"{flavour}.cdx.json").write_text(json.dumps(bom, indent=1, sort_keys=True) + "\n")
@@ -338,7 +432,10 @@ def make_image(flavour, base):
         total_gb = sum(parts.values()) / 1e9
         if total_gb > LIMIT_GB[flavour]:
             largest = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in list(parts.items())[:5])
-            raise SetupError(f"the {flavour} image has {total_gb:.2f} GB, expected at most {LIMIT_GB[flavour]} (largest: {largest})", code=1)
+            raise SetupError(
+                f"the {flavour} image has {total_gb:.2f} GB, expected at most {LIMIT_GB[flavour]} (largest: {largest})",
+                code=1,
+            )
         bill_of_materials(flavour, digest)
         say("loading it into Docker")
         name = f"{NAME}:{flavour}"
@@ -367,6 +464,18 @@ def make_image(flavour, base):
     print(f"packages: {(OUT / f'{flavour}.cdx.json').relative_to(ROOT)}; {time.monotonic() - started:.0f} s")
 
 
+def only_digest(flavour, base):
+    """The digest that these sources have, without loading the image: to compare with one that somebody has published."""
+    check_machine(flavour)
+    fetch(flavour, base)
+    archive = OUT / f"{flavour}-digest.tar"
+    try:
+        build(flavour, base, archive, archive.with_suffix(".log"))
+        print(manifest_digest(archive))
+    finally:
+        archive.unlink(missing_ok=True)
+
+
 # --- the same twice ---------------------------------------------------------------------------------------
 
 
@@ -383,7 +492,9 @@ def check(flavour, base):
             build(flavour, base, archive, archive.with_suffix(".log"), fresh=True)
         digests = [manifest_digest(archive) for archive in archives]
         if digests[0] != digests[1]:
-            raise SetupError(f"two builds differ: {digests[0]} and {digests[1]}; {first_difference(*archives)}", code=1)
+            raise SetupError(
+                f"two builds differ: {digests[0]} and {digests[1]}; {first_difference(*archives)}", code=1
+            )
         print(f"two builds from nothing, one digest: {digests[0]}")
     finally:
         for archive in archives:
@@ -392,12 +503,18 @@ def check(flavour, base):
 
 def first_difference(first, second):
     """Where two OCI archives part: the first file, and in what."""
-    for number, (one, other) in enumerate(zip(layers(first), layers(second)), 1):
+    for number, (one, other) in enumerate(itertools.zip_longest(layers(first), layers(second)), 1):
+        if one is None or other is None:
+            return f"layer {number}: only one has it"
         for a, b in zip(one, other):
             where = f"layer {number}, {a.name}"
             if a.name != b.name:
                 return f"{where}: the other has {b.name} there"
-            facts = [f for f in ("type", "mode", "uid", "gid", "size", "mtime", "linkname") if getattr(a, f) != getattr(b, f)]
+            facts = [
+                f
+                for f in ("type", "mode", "uid", "gid", "size", "mtime", "linkname")
+                if getattr(a, f) != getattr(b, f)
+            ]
             if facts:
                 return f"{where}: {facts[0]} is {getattr(a, facts[0])} and {getattr(b, facts[0])}"
             if a.isreg() and one.extractfile(a).read() != other.extractfile(b).read():
@@ -420,7 +537,7 @@ def main(argv):
         if argv == ["base"]:
             base_alone()
             return 0
-        work = {"build": make_image, "build-check": check}[argv[0]]
+        work = {"build": make_image, "build-check": check, "digest": only_digest}[argv[0]]
         work(wanted_flavour(os.environ), checked_base(os.environ))
         return 0
     except SetupError as error:

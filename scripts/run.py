@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from setup import SetupError, find_python, wanted_flavour
@@ -26,6 +27,7 @@ if sys.version_info < (3, 11):  # the newest that is there, or set-up's word on 
         sys.exit(f"runtime: {error}")
 
 import engine
+
 import image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,8 @@ RUNTIMES = ("auto", "docker", "host")
 SERVICES = {name: name for name in ("preflight", "prepare", "train", "export", "chat")}
 WRITTEN = {"models": "RECIPE_MODELS", "runs": "RECIPE_RUNS", "data": "RECIPE_DATA", ".cache": "RECIPE_CACHE"}
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
+POLL_SECONDS = 0.1
+SOON_SECONDS = 10  # a container that ends with 1 so early may never have started
 DEMO_CONFIG = "recipe/configs/smollm2-135m.yaml"
 
 
@@ -93,9 +97,15 @@ def on_host(arguments):
 
 
 def in_container(arguments, flavour, digest):
-    environ = {**os.environ, "RECIPE_FOLDER": str(ROOT), "RECIPE_IMAGE_DIGEST": digest, "RECIPE_USER": caller(os.environ)}
+    uid, gid = caller(os.environ)
+    environ = {
+        **os.environ,
+        "RECIPE_FOLDER": str(ROOT),
+        "RECIPE_IMAGE_DIGEST": digest,
+        "RECIPE_USER": f"{uid}:{gid}",
+    }
     for name, variable in WRITTEN.items():
-        environ[variable] = str(own_folder(name))
+        environ[variable] = str(own_folder(ROOT / name, uid, gid))
     command = arguments[0] if arguments else "preflight"
     if command == "demo":  # its first stage needs the network, the others shall not have it
         code = start(["prepare", "--config", DEMO_CONFIG], "prepare", flavour, environ)
@@ -105,29 +115,38 @@ def in_container(arguments, flavour, digest):
 
 
 def caller(environ, uid=None, gid=None):
-    """user:group that the files shall belong to: who called, also through sudo."""
+    """(user, group) that the files shall belong to: who called, also through sudo."""
     uid, gid = os.getuid() if uid is None else uid, os.getgid() if gid is None else gid
     if uid == 0 and environ.get("SUDO_UID", "").isdigit():
-        uid, gid = environ["SUDO_UID"], environ.get("SUDO_GID", gid)
-    return f"{uid}:{gid}"
+        uid = int(environ["SUDO_UID"])
+        gid = int(environ["SUDO_GID"]) if environ.get("SUDO_GID", "").isdigit() else gid
+    return uid, gid
 
 
-def own_folder(name):
-    """A folder of the checkout that the container writes to; it may be a link to another disk."""
-    folder = ROOT / name
+def own_folder(folder, uid, gid):
+    """A folder that the container writes to as this user, made if need be; it may be a link to another disk."""
     try:
-        folder.mkdir(exist_ok=True)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.getuid() == 0:
+            for path in missing:
+                os.chown(path, uid, gid)
     except OSError as error:
-        raise SetupError(f"{name}: cannot be made ({error.strerror}); the container needs it for what it writes") from None
-    if not os.access(folder, os.W_OK):
+        raise SetupError(
+            f"{folder}: cannot be made ({error.strerror}); the container needs it for what it writes"
+        ) from None
+    found = folder.stat()
+    # In the container root has no privilege over other people's files either.
+    may = 0o200 * (found.st_uid == uid) | 0o020 * (found.st_gid == gid) | 0o002
+    if not found.st_mode & may:
         import pwd
 
         try:
-            owner = pwd.getpwuid(folder.stat().st_uid).pw_name
+            owner = pwd.getpwuid(found.st_uid).pw_name
         except KeyError:
-            owner = f"user {folder.stat().st_uid}"
+            owner = f"user {found.st_uid}"
         raise SetupError(
-            f"{name}/ belongs to {owner}, and you may not write there: `sudo chown -R $(id -u):$(id -g) {folder}`, "
+            f"{folder} belongs to {owner}, and user {uid} may not write there: `sudo chown -R {uid}:{gid} {folder}`, "
             "or make it a link to a folder of yours"
         )
     return folder.resolve()
@@ -140,66 +159,108 @@ def start(arguments, service, flavour, environ):
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
     if not terminal:
         options.append("-T")  # a terminal would mix results and messages into one stream
-    for path, writable in outside_paths(arguments):
+    for path, writable in outside_paths(arguments, *map(int, environ["RECIPE_USER"].split(":"))):
         options += ["--volume", f"{path}:{path}{'' if writable else ':ro'}"]
     if service == "prepare":
-        bundle = next((os.environ[name] for name in CERTIFICATES if os.path.isfile(os.environ.get(name, ""))), None)
+        bundle = next(
+            (os.environ[name] for name in CERTIFICATES if os.path.isfile(os.environ.get(name, ""))), None
+        )
         if bundle:  # a company's own certificates
             options += ["--volume", f"{os.path.realpath(bundle)}:/etc/ssl/host.pem:ro"]
             options += [word for name in CERTIFICATES for word in ("--env", f"{name}=/etc/ssl/host.pem")]
     name = service if flavour == "gpu" else f"{service}-cpu"
-    command = ["docker", "compose", "--project-directory", str(ROOT), "--file", str(ROOT / "compose.yaml"), *options, name]
+    command = [
+        "docker",
+        "compose",
+        "--project-directory",
+        str(ROOT),
+        "--file",
+        str(ROOT / "compose.yaml"),
+        *options,
+        name,
+    ]
 
     # Compose without a terminal would leave the container behind at a signal: it gets none, and the container all.
-    def forward(number, _frame):
-        engine.call("kill", f"--signal={number}", container)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = []
+    previous = {
+        n: signal.signal(n, lambda got, _frame: signals.append(got)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    started = time.monotonic()
     process = subprocess.Popen(
         [*command, *arguments],
         env=environ,
         stdin=subprocess.DEVNULL if sys.stdin.isatty() and not terminal else None,
         process_group=None if terminal else 0,
     )
-    code = process.wait()
+    while (code := process.poll()) is None:
+        if signals and engine.call("kill", f"--signal={signals[0]}", container).returncode == 0:
+            del signals[0]  # else it is not there yet, or just gone
+        time.sleep(POLL_SECONDS)
     for number, handler in previous.items():
         signal.signal(number, handler)
-    if code not in (0, 1, 2, 130, 143):
+    if code not in (0, 2, 130, 143) and time.monotonic() - started < SOON_SECONDS:
         explain_start(command, environ)
     return code
 
 
 def explain_start(command, environ):
     """Where the container did not even start, say why in a line of ours."""
-    probe = subprocess.run([*command, "--version"], env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    engine.call("rm", "--force", command[command.index("--name") + 1])
+    probe = subprocess.run(
+        [*command, "--version"],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     known = engine.explain(probe.stderr) if probe.returncode else None
     if known:
         raise SetupError(known)
 
 
-def outside_paths(arguments, root=ROOT):
-    """(path, writable) of what lies outside the checkout and is named by an argument or by the config.
-
-    Only whole words that begin with / count, and what exists: a file or folder is mounted at its own place, to be read.
-    The folders of models and runs, if they are elsewhere, are made and can be written.
+def outside_paths(arguments, uid, gid, root=ROOT):
+    """(path, writable) of what is mounted beside the usual: what lies outside the checkout and is named by an argument
+    or by the config, at its own place, to be read; and folders of models and runs that are elsewhere, to be written.
     """
-    texts = list(arguments)
-    for option, value in zip(arguments, arguments[1:]):
-        config = Path(value)
-        if option == "--config" and config.is_file():
-            texts += config.read_text(errors="replace").splitlines()
     found = {}
-    for text in texts:
-        own = re.match(r"\s*(?:paths\.)?(?:models|runs)\s*[:=]\s*[\"']?(/[^\"'#]+)", text)
-        named = own or re.search(r"(?:^|[\s=:])[\"']?(/[^\"'#]+)", text)
-        path = Path(named[1].strip()) if named else None
-        if path is None or path == root or root in path.parents:
+    for name, written in named_paths(arguments):
+        path = Path(os.path.normpath(root / name))
+        usual = [root / folder for folder in WRITTEN] if written else [root]
+        if path == Path("/") or any(place == path or place in path.parents for place in usual):
             continue
-        if own:
-            path.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found[str(path)] = found.get(str(path), False) or bool(own)
+        try:
+            if written:
+                own_folder(path, uid, gid)
+            if not path.exists():
+                continue
+        except OSError:  # words of a chat that only look like a path
+            continue
+        if ":" in str(path):
+            raise SetupError(
+                f"{path}: docker cannot mount a path with a colon; make a link to it, or use RUNTIME=host"
+            )
+        found[str(path)] = found.get(str(path), False) or written
     return sorted(found.items())
+
+
+def named_paths(arguments):
+    """(path, whether it is the folder of models or runs) of words like /x, ../x, a=/x and, in the config, `a: /x`."""
+    config = ""
+    for option, argument in zip(["", *arguments], arguments, strict=False):
+        if option == "--config" or argument.startswith("--config="):
+            config = argument.removeprefix("--config=")
+        own = re.search(r"(?:^|[=.])(?:models|runs)=([^\0]+)$", argument)
+        word = own or re.fullmatch(r"(?:(?!/)[^\0]*?=)?((?:/|\.\./)[^\0]+)", argument)
+        if word:
+            yield word[1], bool(own)
+    if config and Path(config).is_file():
+        for line in Path(config).read_text(errors="replace").splitlines():
+            line = re.sub(r"(?:^|\s)#.*", "", line)
+            own = re.match(r"\s*[\"']?(?:models|runs)[\"']?\s*:\s*[\"']?([^\"'{]+)", line)
+            word = own or re.search(r"(?:^|[\s:])[\"']?((?:/|\.\./)[^\"']+)", line)
+            if word:
+                yield word[1].rstrip(" },]"), bool(own)
 
 
 if __name__ == "__main__":
