@@ -26,7 +26,7 @@ RUN --network=none \
     --mount=type=bind,source=image/install-packages,target=/dev/install-packages \
     --mount=type=bind,from=wheels,target=/dev/wheels \
     sh /dev/install-packages "$FLAVOUR" /dev/wheels/run /opt/venv
-COPY LICENSE pyproject.toml requirements-*.lock /opt/recipe/
+COPY LICENSE requirements-*.lock /opt/recipe/
 COPY recipe /opt/recipe/recipe
 # Times and modes are those of a clone, which differ from one to the next.
 RUN --network=none \

@@ -28,15 +28,13 @@ import tarfile
 import time
 from pathlib import Path
 
-import debian
-import engine
-import lock
 from setup import (
     DEFAULT_TORCH_INDEX,
     LOCKS,
     Pip,
     SetupError,
     find_python,
+    go_on_in_a_new_python,
     host_of,
     index_answers,
     lock_entries,
@@ -46,6 +44,14 @@ from setup import (
     wanted_flavour,
 )
 
+go_on_in_a_new_python("build")
+
+import tomllib
+
+import debian
+import engine
+import lock
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build/image"
 NAME = "qlora-70b-recipe"
@@ -53,7 +59,7 @@ PYTHON = "3.11"  # Debian 12's
 # Largest size, GB, of the unpacked layers; what a build needs on the disk, GiB (packages, image, Docker's two copies).
 LIMIT_GB = {"cpu": 1.6, "gpu": 7.0}
 DISK_GIB = {"cpu": 8, "gpu": 35}
-SOURCES = ("Dockerfile", "LICENSE", "pyproject.toml", "image", "recipe", *sorted(LOCKS.values()))
+SOURCES = ("Dockerfile", "LICENSE", "image", "recipe", *sorted(LOCKS.values()))
 TAGS = [
     "--implementation",
     "cp",
@@ -75,7 +81,7 @@ TAGS += [word for old in ("1", "2010", "2014") for word in ("--platform", f"many
 
 def source_files(root=ROOT):
     """What of the checkout determines the image, in order: what .dockerignore lets in, and the Dockerfile."""
-    found = []
+    found: list[Path] = []
     for name in SOURCES:
         path = root / name
         found += [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file())
@@ -120,7 +126,7 @@ def revision(root=ROOT):
 
 
 def version(root=ROOT):
-    return re.search(r'^version = "(.+)"', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
 
 
 def checked_base(environ):
@@ -220,7 +226,7 @@ def for_the_image(pip, entries):
         text=True,
         check=True,
     )
-    return [entry for entry, holds in zip(entries, json.loads(done.stdout)) if holds]
+    return [entry for entry, holds in zip(entries, json.loads(done.stdout), strict=True) if holds]
 
 
 def torch_source():
@@ -310,9 +316,9 @@ def run_build(command, log, base):
         errors="replace",
         env=environ,
     )
-    lines = collections.deque(maxlen=2000)
+    lines: collections.deque[str] = collections.deque(maxlen=2000)
     try:
-        for line in process.stdout:
+        for line in process.stdout or ():
             log.write(line)
             lines.append(line.rstrip())
             step = re.match(r"#\d+ \[(.+?)\] (.*)", line)
@@ -353,7 +359,12 @@ def explain(lines, base, log):
 
 def manifest_digest(archive):
     with tarfile.open(archive) as tar:
-        return json.load(tar.extractfile("index.json"))["manifests"][0]["digest"]
+        return json.loads(member(tar, "index.json").read())["manifests"][0]["digest"]
+
+
+def member(tar, name):
+    """A file of an archive, to be read. Raises KeyError where there is none."""
+    return tar.extractfile(name)
 
 
 def layers(archive):
@@ -361,7 +372,7 @@ def layers(archive):
     with tarfile.open(archive) as tar:
 
         def blob(digest):
-            return tar.extractfile("blobs/" + digest.replace(":", "/"))
+            return member(tar, "blobs/" + digest.replace(":", "/"))
 
         manifest = json.load(blob(manifest_digest(archive)))
         for layer in manifest["layers"]:
@@ -386,7 +397,7 @@ def part_of(name):
 
 def sizes(archive):
     """Bytes of each part, largest first."""
-    total = collections.Counter()
+    total: collections.Counter[str] = collections.Counter()
     for layer in layers(archive):
         for entry in layer:
             total[part_of(entry.name)] += entry.size if entry.isreg() else 0
@@ -506,7 +517,7 @@ def first_difference(first, second):
     for number, (one, other) in enumerate(itertools.zip_longest(layers(first), layers(second)), 1):
         if one is None or other is None:
             return f"layer {number}: only one has it"
-        for a, b in zip(one, other):
+        for a, b in zip(one, other, strict=False):
             where = f"layer {number}, {a.name}"
             if a.name != b.name:
                 return f"{where}: the other has {b.name} there"

@@ -17,14 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from setup import SetupError, find_python, wanted_flavour
+from setup import SetupError, go_on_in_a_new_python, wanted_flavour
 from setup import main as set_up
 
-if sys.version_info < (3, 11):  # the newest that is there, or set-up's word on what is missing
-    try:
-        os.execv(find_python(os.environ.get("PYTHON"))[1], ["python3", *sys.argv])
-    except SetupError as error:
-        sys.exit(f"runtime: {error}")
+go_on_in_a_new_python("runtime")
 
 import engine
 
@@ -223,7 +219,7 @@ def outside_paths(arguments, uid, gid, root=ROOT):
     """(path, writable) of what is mounted beside the usual: what lies outside the checkout and is named by an argument
     or by the config, at its own place, to be read; and folders of models and runs that are elsewhere, to be written.
     """
-    found = {}
+    found: dict[str, bool] = {}
     for name, written in named_paths(arguments):
         path = Path(os.path.normpath(root / name))
         usual = [root / folder for folder in WRITTEN] if written else [root]

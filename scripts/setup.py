@@ -145,6 +145,16 @@ def find_python(asked=None, candidates=None, probe=probe_python):
     )
 
 
+def go_on_in_a_new_python(who):
+    """For scripts that need Python 3.11: where this one is older, become the newest that is there, or say what is missing."""
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        try:
+            os.execv(find_python(os.environ.get("PYTHON"))[1], ["python3", *sys.argv])
+        except SetupError as error:
+            print(who + ": " + str(error), file=sys.stderr)
+            sys.exit(error.code)
+
+
 def check_disk(folder, flavour, free_bytes=None):
     import shutil
 
