@@ -31,6 +31,7 @@ RUNTIMES = ("auto", "docker", "host")
 # Which service of compose.yaml has the rights that a command needs; others need no more than export does.
 SERVICES = {name: name for name in ("preflight", "prepare", "train", "export", "chat")}
 WRITTEN = {"models": "RECIPE_MODELS", "runs": "RECIPE_RUNS", "data": "RECIPE_DATA", ".cache": "RECIPE_CACHE"}
+WRITING = ("--output", "--checkpoint", "--figure")  # options whose value is a folder or file that is written
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
 POLL_SECONDS = 0.1
 SOON_SECONDS = 10  # a container that ends with 1 so early may never have started
@@ -64,6 +65,8 @@ def main(arguments):
 
 def usable_image(flavour):
     """Digest of the image of these sources and locks. Raises SetupError with what is missing."""
+    if flavour == "gpu":
+        engine.require_gpus()
     name = f"{image.NAME}:{flavour}"
     found = engine.image(name)
     if found is None:
@@ -76,8 +79,6 @@ def usable_image(flavour):
         if labels.get(label) != now:
             raise SetupError(f"the image {name} holds {what}: `make build FLAVOUR={flavour}` renews it")
     engine.require_compose()
-    if flavour == "gpu":
-        engine.require_gpus()
     return digest
 
 
@@ -155,6 +156,8 @@ def start(arguments, service, flavour, environ):
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
     if not terminal:
         options.append("-T")  # a terminal would mix results and messages into one stream
+    # What the caller has set wins over host.env.
+    options += [word for name in sorted(environ) if name.startswith("NCCL_") for word in ("--env", name)]
     for path, writable in outside_paths(arguments, *map(int, environ["RECIPE_USER"].split(":"))):
         options += ["--volume", f"{path}:{path}{'' if writable else ':ro'}"]
     if service == "prepare":
@@ -217,7 +220,7 @@ def explain_start(command, environ):
 
 def outside_paths(arguments, uid, gid, root=ROOT):
     """(path, writable) of what is mounted beside the usual: what lies outside the checkout and is named by an argument
-    or by the config, at its own place, to be read; and folders of models and runs that are elsewhere, to be written.
+    or by the config, at its own place, to be read; and folders elsewhere that the command writes to.
     """
     found: dict[str, bool] = {}
     for name, written in named_paths(arguments):
@@ -225,6 +228,10 @@ def outside_paths(arguments, uid, gid, root=ROOT):
         usual = [root / folder for folder in WRITTEN] if written else [root]
         if path == Path("/") or any(place == path or place in path.parents for place in usual):
             continue
+        if path == root:
+            raise SetupError(
+                f"{name}: the container may not write there; name a place in runs/, or use RUNTIME=host"
+            )
         try:
             if written:
                 own_folder(path, uid, gid)
@@ -241,11 +248,18 @@ def outside_paths(arguments, uid, gid, root=ROOT):
 
 
 def named_paths(arguments):
-    """(path, whether it is the folder of models or runs) of words like /x, ../x, a=/x and, in the config, `a: /x`."""
+    """(path, whether it is a folder that is written to) of words like /x, ../x, a=/x and, in the config, `a: /x`."""
     config = ""
     for option, argument in zip(["", *arguments], arguments, strict=False):
-        if option == "--config" or argument.startswith("--config="):
-            config = argument.removeprefix("--config=")
+        if argument.startswith("--") and "=" in argument:
+            option, _, value = argument.partition("=")
+        else:
+            value = argument
+        if option == "--config":
+            config = value
+        if option in WRITING:
+            yield (os.path.dirname(value) or "." if option == "--figure" else value), True
+            continue
         own = re.search(r"(?:^|[=.])(?:models|runs)=([^\0]+)$", argument)
         word = own or re.fullmatch(r"(?:(?!/)[^\0]*?=)?((?:/|\.\./)[^\0]+)", argument)
         if word:

@@ -136,6 +136,28 @@ def test_runs_elsewhere_in_the_checkout_can_be_written(places):
     assert found == [(f"{places}/checkout/elsewhere/runs", True)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--output", "OUT/new"], [("OUT/new", True)]),
+        (["--output=ROOT/results"], [("ROOT/results", True)]),
+        (["--output", "runs/results"], []),
+        (["--figure", "OUT/chart.svg"], [("OUT", True)]),
+        (["--figure", "runs/chart.svg"], []),
+        (["--checkpoint", "OUT/models"], [("OUT/models", True)]),
+    ],
+)
+def test_what_bench_writes(places, arguments, expected):
+    root = str(places / "checkout")
+    assert [(path.replace(root, "ROOT"), w) for path, w in outside(places, *arguments)] == expected
+
+
+@pytest.mark.parametrize("figure", ["chart.svg", "ROOT/chart.svg"])
+def test_the_checkout_itself_is_not_written_to(places, figure):
+    with pytest.raises(SetupError, match="the container may not write there; name a place in runs/"):
+        outside(places, "--figure", figure)
+
+
 def test_a_path_with_a_colon_is_one_line(places):
     (places / "out/a:b").touch()
     with pytest.raises(SetupError, match=r"a:b: docker cannot mount a path with a colon"):
