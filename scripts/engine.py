@@ -123,9 +123,10 @@ def gpu_devices(folders=CDI_FOLDERS):
 
 
 def require_gpus():
-    if not gpu_devices():
+    folders = info().get("CDISpecDirs") or []
+    if not gpu_devices([*folders, *CDI_FOLDERS]):
         raise EngineError(no_gpu_line())
-    if not info().get("CDISpecDirs"):
+    if not folders:
         raise EngineError(
             'Docker does not read the GPUs\' description (CDI): put {"features": {"cdi": true}} into /etc/docker/daemon.json, '
             "then `sudo systemctl restart docker`; Docker 25 or newer is needed"

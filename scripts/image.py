@@ -14,6 +14,7 @@ Standard library only: Docker and Python 3.11 are enough to build.
 """
 
 import collections
+import fcntl
 import hashlib
 import itertools
 import json
@@ -148,7 +149,6 @@ def check_machine(flavour):
         if stale:
             raise SetupError(stale)
     engine.require_builder()
-    OUT.mkdir(parents=True, exist_ok=True)
     docker_folder = engine.info().get("DockerRootDir") or "/"
     for folder in {str(OUT), docker_folder if os.path.exists(docker_folder) else str(OUT)}:
         free_gib = shutil.disk_usage(folder).free / 2**30
@@ -536,7 +536,6 @@ def first_difference(first, second):
 
 
 def base_alone():
-    OUT.mkdir(parents=True, exist_ok=True)
     debian.fetch(("base",), OUT / "debs/cpu/base")
     debian.make_base(OUT / "debs/cpu/base", OUT / "base.tar")
     print(f"{(OUT / 'base.tar').relative_to(ROOT)}  sha256:{debian.sha256_of(OUT / 'base.tar')}")
@@ -545,6 +544,13 @@ def base_alone():
 def main(argv):
     signal.signal(signal.SIGTERM, stop)
     try:
+        OUT.mkdir(parents=True, exist_ok=True)
+        alone = os.open(OUT, os.O_RDONLY)
+        try:
+            fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("another build is at work here: waiting for it")
+            fcntl.flock(alone, fcntl.LOCK_EX)
         if argv == ["base"]:
             base_alone()
             return 0

@@ -31,8 +31,9 @@ def digest_of_two():
     return re.fullmatch(r"two builds from nothing, one digest: (sha256:[0-9a-f]{64})\n", done.stdout)[1]
 
 
-def test_two_builds_from_nothing_and_a_third_have_one_digest(digest_of_two, image):
-    assert image.record["digest"] == digest_of_two
+def test_two_builds_from_nothing_and_a_third_have_one_digest(request):
+    digest_of_two = request.getfixturevalue("digest_of_two")  # in this order: the third finds all steps done
+    assert request.getfixturevalue("image").record["digest"] == digest_of_two
 
 
 def test_the_engine_knows_it_by_that_digest(image):
