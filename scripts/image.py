@@ -139,6 +139,17 @@ def checked_base(environ):
     return base
 
 
+def take_turns():
+    """One build at a time in a checkout, until this process ends."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    folder = os.open(OUT, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        say("another build is at work here: waiting for it")
+        fcntl.flock(folder, fcntl.LOCK_EX)
+
+
 def check_machine(flavour):
     if platform.machine() != "x86_64":
         raise SetupError(
@@ -149,6 +160,7 @@ def check_machine(flavour):
         if stale:
             raise SetupError(stale)
     engine.require_builder()
+    take_turns()
     docker_folder = engine.info().get("DockerRootDir") or "/"
     for folder in {str(OUT), docker_folder if os.path.exists(docker_folder) else str(OUT)}:
         free_gib = shutil.disk_usage(folder).free / 2**30
@@ -536,6 +548,7 @@ def first_difference(first, second):
 
 
 def base_alone():
+    take_turns()
     debian.fetch(("base",), OUT / "debs/cpu/base")
     debian.make_base(OUT / "debs/cpu/base", OUT / "base.tar")
     print(f"{(OUT / 'base.tar').relative_to(ROOT)}  sha256:{debian.sha256_of(OUT / 'base.tar')}")
@@ -544,13 +557,6 @@ def base_alone():
 def main(argv):
     signal.signal(signal.SIGTERM, stop)
     try:
-        OUT.mkdir(parents=True, exist_ok=True)
-        alone = os.open(OUT, os.O_RDONLY)
-        try:
-            fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say("another build is at work here: waiting for it")
-            fcntl.flock(alone, fcntl.LOCK_EX)
         if argv == ["base"]:
             base_alone()
             return 0
