@@ -10,8 +10,8 @@ ARGS ?=
 export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat bench test lint \
-  lock audit clean ready python
+.PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat bench test \
+  test-long lint lock audit clean ready python
 .SILENT:
 
 BIN = .venv/bin/
@@ -42,6 +42,7 @@ help:
 	'Work on the recipe' \
 	'  make bench            speed and memory at true shapes, against other ways (ARGS=)' \
 	'  make test             the tests' \
+	'  make test-long        those that take minutes each' \
 	'  make lint             style and types' \
 	'  make lock             renew the locks of the Python and the Debian packages' \
 	'  make audit            known vulnerabilities of the locked packages' \
@@ -88,6 +89,9 @@ bench: python
 
 test: ready
 	$(BIN)python -m pytest $(ARGS)
+
+test-long: ready
+	RECIPE_LONG=1 $(BIN)python -m pytest tests/long $(ARGS)
 
 lint: ready
 	$(BIN)ruff check

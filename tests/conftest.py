@@ -1,8 +1,13 @@
 """Order and marks of the tests, and small models that several of them share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Minutes each; `make test-long` runs them and nothing else.
+collect_ignore = [] if os.environ.get("RECIPE_LONG") else ["long"]
+
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
