@@ -272,9 +272,9 @@ def download(pip, entries, folder, lock_name, extra=()):
 # --- the build --------------------------------------------------------------------------------------------
 
 
-def build(flavour, base, archive, log, fresh=False, out=OUT):
-    """Run the build; the image is in `archive` (an OCI tar), its list of packages in `out`/bom-FLAVOUR."""
-    arguments = {
+def build_arguments(flavour, base):
+    """What the Dockerfile is told, which also is what its labels say."""
+    return {
         "BASE": base,
         "FLAVOUR": flavour,
         "VERSION": version(),
@@ -283,32 +283,30 @@ def build(flavour, base, archive, log, fresh=False, out=OUT):
         "SOURCES": sources_sha256(),
         "SOURCE_DATE_EPOCH": str(debian.epoch()),
     }
-    command = [
-        "buildx",
-        "build",
-        "--progress=plain",
-        "--provenance=false",
-        "--network=none",
-        f"--platform=linux/{debian.ARCHITECTURE}",
-    ]
+
+
+def command_of(arguments, out=OUT):
+    flavour = arguments["FLAVOUR"]
+    command = ["buildx", "build", "--progress=plain", "--provenance=false", "--network=none"]
+    command += [f"--platform=linux/{debian.ARCHITECTURE}"]
     command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
-    command += [
-        f"--build-context=debs={out / 'debs' / flavour}",
-        f"--build-context=wheels={out / 'wheels' / flavour}",
-    ]
+    return [*command, *(f"--build-context={kind}={out / kind / flavour}" for kind in ("debs", "wheels"))]
+
+
+def build(arguments, archive, log, fresh=False):
+    """The image, as an OCI archive."""
     # Not compressed: what a compressor writes depends on its version.
-    image = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed,force-compression=true"
+    output = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed,force-compression=true"
+    command = [*command_of(arguments), "--target=image", f"--output={output}", str(ROOT)]
     with open(log, "w") as file:
-        run_build(
-            [*command, *(["--no-cache"] if fresh else []), "--target=image", f"--output={image}", str(ROOT)],
-            file,
-            base,
-        )
-        run_build(
-            [*command, "--target=bom", f"--output=type=local,dest={out / ('bom-' + flavour)}", str(ROOT)],
-            file,
-            base,
-        )
+        run_build([*command, *(["--no-cache"] if fresh else [])], file, arguments["BASE"])
+
+
+def list_packages(arguments, folder, log):
+    """What pip and dpkg say is installed in the image that was just built."""
+    command = [*command_of(arguments), "--target=bom", f"--output=type=local,dest={folder}", str(ROOT)]
+    with open(log, "a") as file:
+        run_build(command, file, arguments["BASE"])
 
 
 def run_build(command, log, base):
@@ -416,8 +414,9 @@ def sizes(archive):
     return dict(total.most_common())
 
 
-def bill_of_materials(flavour, digest, out=OUT):
+def bill_of_materials(arguments, digest, out=OUT):
     """CycloneDX: what cyclonedx-py found in the image's venv, Debian's packages, and the image that holds them."""
+    flavour = arguments["FLAVOUR"]
     bom = json.loads((out / f"bom-{flavour}" / "python.json").read_text())
     _, locked = debian.read_lock()
     hashes = {(e["package"], e["version"]): e["sha256"] for e in locked}
@@ -434,8 +433,8 @@ def bill_of_materials(flavour, digest, out=OUT):
         "name": NAME,
         "version": digest,
         "properties": [
-            {"name": "recipe:lock", "value": lock_sha256(flavour)},
-            {"name": "recipe:revision", "value": revision()},
+            {"name": "recipe:lock", "value": arguments["LOCK"]},
+            {"name": "recipe:revision", "value": arguments["REVISION"]},
         ],
     }
     bom["dependencies"] = [d for d in bom.get("dependencies", []) if d["ref"] != "root-component"]
@@ -447,10 +446,10 @@ def make_image(flavour, base):
     check_machine(flavour)
     fetch(flavour, base)
     fetched = time.monotonic()
-    archive = OUT / f"{flavour}.tar"
+    arguments, archive = build_arguments(flavour, base), OUT / f"{flavour}.tar"
     say(f"building the {flavour} image (log: {OUT.relative_to(ROOT)}/{flavour}.log)")
     try:
-        build(flavour, base, archive, OUT / f"{flavour}.log")
+        build(arguments, archive, OUT / f"{flavour}.log")
         digest, parts = manifest_digest(archive), sizes(archive)
         total_gb = sum(parts.values()) / 1e9
         if total_gb > LIMIT_GB[flavour]:
@@ -459,7 +458,8 @@ def make_image(flavour, base):
                 f"the {flavour} image has {total_gb:.2f} GB, expected at most {LIMIT_GB[flavour]} (largest: {largest})",
                 code=1,
             )
-        bill_of_materials(flavour, digest)
+        list_packages(arguments, OUT / f"bom-{flavour}", OUT / f"{flavour}.log")
+        bill_of_materials(arguments, digest)
         say("loading it into Docker")
         name = f"{NAME}:{flavour}"
         previous = engine.image(name)
@@ -472,9 +472,9 @@ def make_image(flavour, base):
     record = {
         "digest": digest,
         "flavour": flavour,
-        "revision": revision(),
-        "lock": lock_sha256(flavour),
-        "sources": sources_sha256(),
+        "revision": arguments["REVISION"],
+        "lock": arguments["LOCK"],
+        "sources": arguments["SOURCES"],
         "bytes": sum(parts.values()),
         "parts": parts,
         "seconds": {"fetch": round(fetched - started, 1), "build": round(time.monotonic() - fetched, 1)},
@@ -493,7 +493,7 @@ def only_digest(flavour, base):
     fetch(flavour, base)
     archive = OUT / f"{flavour}-digest.tar"
     try:
-        build(flavour, base, archive, archive.with_suffix(".log"))
+        build(build_arguments(flavour, base), archive, archive.with_suffix(".log"))
         print(manifest_digest(archive))
     finally:
         archive.unlink(missing_ok=True)
@@ -506,13 +506,14 @@ def check(flavour, base):
     """Build twice from nothing, of wheels and packages fetched once, and compare."""
     check_machine(flavour)
     fetch(flavour, base)
+    arguments = build_arguments(flavour, base)
     archives = [OUT / f"{flavour}-{turn}.tar" for turn in ("first", "second")]
     try:
         for archive in archives:
             say(f"building the {flavour} image from nothing: {archive.stem}")
             if base == "local":
                 debian.make_base(OUT / "debs" / flavour / "base", OUT / "base.tar")
-            build(flavour, base, archive, archive.with_suffix(".log"), fresh=True)
+            build(arguments, archive, archive.with_suffix(".log"), fresh=True)
         digests = [manifest_digest(archive) for archive in archives]
         if digests[0] != digests[1]:
             raise SetupError(

@@ -9,7 +9,6 @@ import pytest
 collect_ignore = [] if os.environ.get("RECIPE_LONG") else ["long"]
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files that are slow as a whole come last, so that what is broken shows early.
     items.sort(key=lambda item: item.getparent(pytest.Module).get_closest_marker("slow") is not None)

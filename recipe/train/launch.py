@@ -80,6 +80,7 @@ def check(settings: Settings, world_size: int) -> None:
     from recipe.train.rows import read_held_out_rows, read_training_rows
 
     settings.accumulation(world_size)
+    hostenv.read()
     dtype = compute_dtype(settings)
     attention_kind(settings, dtype)
     set_accumulation(settings, dtype)

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from recipe.files import read_json
 from tests.docker.calls import CALLER, ROOT, TOKEN, environment, make
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import engine as engine_script
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 CONFIG = "CONFIG=recipe/configs/smollm2-135m.yaml"
@@ -351,3 +355,79 @@ def containers():
     """Of ours that still exist."""
     command = ["docker", "ps", "--all", "--quiet", "--filter", "name=qlora-70b-recipe-train"]
     return subprocess.check_output(command, text=True).split()
+
+
+# --- GPUs, as far as an engine without one can show -----------------------------------------------------------
+
+
+@pytest.fixture
+def described(prepared, tmp_path):
+    """run(ulimits) -> (compose's result, how the runtime was told to make the container): a GPU service on the CPU image,
+    whose GPU is /dev/zero under another name."""
+    folders = (
+        json.loads(subprocess.check_output(["docker", "info", "--format", "{{json .CDISpecDirs}}"])) or []
+    )
+    folder = next((f for f in folders if os.access(f, os.W_OK)), None)
+    if folder is None and not os.environ.get("RECIPE_REQUIRE_DOCKER"):
+        pytest.skip("needs a Docker engine with CDI and a folder of its descriptions that can be written")
+    node = {"path": "/dev/nvidia-test", "hostPath": "/dev/zero"}
+    device = {"name": "recipe-test", "containerEdits": {"deviceNodes": [node]}}
+    description = Path(folder) / "recipe-test.json"
+    description.write_text(json.dumps({"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": [device]}))
+    name = f"qlora-70b-recipe-test-{os.getpid()}"
+
+    def run(ulimits):
+        service = {"image": "qlora-70b-recipe:cpu"} | ulimits
+        (tmp_path / "override.json").write_text(json.dumps({"services": {"train": service}}))
+        files = ["--file", str(ROOT / "compose.yaml"), "--file", str(tmp_path / "override.json")]
+        command = [
+            "docker",
+            "compose",
+            "--project-directory",
+            str(prepared),
+            *files,
+            "run",
+            "--detach",
+            "--name",
+            name,
+        ]
+        command += ["--entrypoint", "sleep 60", "train"]
+        done = subprocess.run(
+            command, cwd=prepared, env=environment(RECIPE_GPUS="recipe-test"), capture_output=True, text=True
+        )
+        return done, name
+
+    yield run
+    description.unlink()
+    subprocess.run(["docker", "rm", "--force", name], capture_output=True)
+
+
+def test_gpus_are_part_of_the_containers_own_description(described):
+    """What the runtime knows of stays at `systemctl daemon-reload`; what a hook adds later does not."""
+    done, name = described({"ulimits": {"memlock": 65536}})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(subprocess.check_output(["docker", "inspect", name]))[0]
+    requests = found["HostConfig"]["DeviceRequests"]
+    assert [(r["Driver"], r["DeviceIDs"]) for r in requests] == [("cdi", ["nvidia.com/gpu=recipe-test"])]
+    read = ["docker", "exec", name, "python", "-c", "print(open('/dev/nvidia-test', 'rb').read(4))"]
+    assert subprocess.check_output(read, text=True) == f"{bytes(4)}\n"
+    if os.getuid() == 0:
+        state = Path(os.environ.get("DOCKER_HOST", "unix:///run/docker/x").removeprefix("unix://")).parent
+        told = next(state.glob(f"**/io.containerd.runtime.v2.task/moby/{found['Id']}/config.json"))
+        linux = json.loads(told.read_text())["linux"]
+        assert "/dev/nvidia-test" in [device["path"] for device in linux["devices"]]
+        rules = [
+            r
+            for r in linux["resources"]["devices"]
+            if (r.get("major"), r.get("minor")) == (1, 5) and r["allow"]
+        ]
+        assert rules
+
+
+def test_memory_can_be_locked_or_a_line_says_that_the_host_forbids_it(described):
+    done, name = described({})
+    if done.returncode:
+        assert engine_script.explain(done.stderr).startswith("this host forbids locking memory"), done.stderr
+    else:
+        limit = "import resource; print(resource.getrlimit(resource.RLIMIT_MEMLOCK) == (resource.RLIM_INFINITY,) * 2)"
+        assert subprocess.check_output(["docker", "exec", name, "python", "-c", limit], text=True) == "True\n"

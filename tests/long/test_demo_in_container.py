@@ -19,7 +19,11 @@ def test_the_demo_in_the_container(checkout):  # noqa: F811
     for number, stage in enumerate(("plan", "prepare", "preflight", "train", "export", "eval"), 1):
         assert re.search(rf"^\[{number}/6\] {stage}: ", done.stderr, re.MULTILINE)
     result = read_json(checkout / "runs/shown/demo.json")
-    gain = 100 * (result["tuned"]["exact_matches"] - result["base"]["exact_matches"]) / result["tuned"]["prompts"]
+    gain = (
+        100
+        * (result["tuned"]["exact_matches"] - result["base"]["exact_matches"])
+        / result["tuned"]["prompts"]
+    )
     assert gain >= 40
     assert (checkout / "runs/shown/adapters/adapter_model.safetensors").stat().st_uid == CALLER[0]
     again = make(checkout, "demo", "RUN=shown", timeout=1800)

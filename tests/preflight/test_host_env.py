@@ -239,3 +239,15 @@ def test_what_is_no_text_file_is_refused(tmp_path, content, part):
     with pytest.raises(UserError, match=part) as refused:
         hostenv.read(file)
     assert "make preflight" in str(refused.value)
+
+
+def test_training_refuses_a_broken_file_before_it_fetches_or_makes_anything(tmp_path, monkeypatch, capsys):
+    from recipe.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("host.env").write_text("NCCL_P2P_DISABLE\n")
+    config = Path(showcase.__file__).parent / "configs/smollm2-135m.yaml"
+    assert main(["train", "--config", str(config), "--run", "never"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: host.env:1: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["host.env"]
