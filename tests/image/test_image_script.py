@@ -303,7 +303,7 @@ def test_two_equal_images_have_one_digest(tmp_path):
 
 @pytest.mark.parametrize("differs", [False, True])
 def test_two_builds_are_compared_and_leave_nothing(able, monkeypatch, capsys, differs):
-    def build(flavour, base, archive, log, fresh):
+    def build(arguments, archive, log, fresh):
         assert fresh
         oci(archive, changed("usr/b", b"twO") if differs and "second" in archive.name else FILES)
 
