@@ -2,6 +2,7 @@
 
     make lock      # image/debian.lock: every package by version, place in the archive and SHA-256
     make base      # build/image/base.tar: the same bytes everywhere (a few seconds)
+    scripts/debian.py fetch cpu|gpu    # what an image needs, into build/image/debs
 
 apt resolves and downloads, in a folder of its own and without root, and dpkg-deb unpacks: both are on every Debian and
 Ubuntu. The packages come from the Debian mirrors that apt uses on this machine, or from DEBIAN_MIRROR=
@@ -252,6 +253,13 @@ def fetch(parts, folder, lock=LOCK):
             )
 
 
+def fetch_for(flavour, folder):
+    """The packages of an image: base/ and others/, and what they are for."""
+    fetch(("base",), folder / "base")
+    fetch([part for part in PARTS[flavour] if part != "base"], folder / "others")
+    (folder / "for").write_text(f"{SUITE} {ARCHITECTURE}\n")
+
+
 def make_base(packages, tar):
     """Unpack Debian's essential packages into the tar of a root file system, unconfigured: debootstrap's first stage.
 
@@ -323,7 +331,10 @@ def _merged(name):
 
 if __name__ == "__main__":
     try:
-        renew()
+        if sys.argv[1:2] == ["fetch"]:  # whether the mirrors still have what is locked
+            fetch_for(sys.argv[2], ROOT / "build/image/debs" / sys.argv[2])
+        else:
+            renew()
     except SetupError as error:
         print(f"lock: {error}", file=sys.stderr)
         sys.exit(error.code)

@@ -2,7 +2,7 @@
 
     make build                 # FLAVOUR=cpu|gpu; else gpu if this machine has an NVIDIA GPU
     make build BASE=IMAGE      # on a Debian image by digest, not on the one that `make base` makes
-    make build-check           # builds twice from nothing and compares, naming the first file that differs
+    make build-check           # builds twice from nothing, the second time of a copy, and names the first file that differs
     scripts/image.py digest    # the digest alone, of an image that is not kept
     make base                  # Debian's essential packages alone: build/image/base.tar
 
@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -177,10 +178,7 @@ def check_machine(flavour):
 def fetch(flavour, base, out=OUT):
     """All that the build will ask for, by hash: Debian packages and wheels. What is there already is kept."""
     debs = out / "debs" / flavour
-    own = [part for part in debian.PARTS[flavour] if part != "base"]
-    debian.fetch(("base",), debs / "base")
-    debian.fetch(own, debs / "others")
-    (debs / "for").write_text(f"{debian.SUITE} {debian.ARCHITECTURE}\n")
+    debian.fetch_for(flavour, debs)
     if base == "local":
         debian.make_base(debs / "base", out / "base.tar")
     else:
@@ -286,6 +284,7 @@ def build_arguments(flavour, base):
 
 
 def command_of(arguments, out=OUT):
+    """docker's words for a build, all but what is to come of it and the folder of the sources."""
     flavour = arguments["FLAVOUR"]
     command = ["buildx", "build", "--progress=plain", "--provenance=false", "--network=none"]
     command += [f"--platform=linux/{debian.ARCHITECTURE}"]
@@ -293,13 +292,13 @@ def command_of(arguments, out=OUT):
     return [*command, *(f"--build-context={kind}={out / kind / flavour}" for kind in ("debs", "wheels"))]
 
 
-def build(arguments, archive, log, fresh=False):
+def build(arguments, archive, log, fresh=False, sources=ROOT):
     """The image, as an OCI archive."""
     # Not compressed: what a compressor writes depends on its version.
     output = f"type=oci,dest={archive},rewrite-timestamp=true,compression=uncompressed,force-compression=true"
-    command = [*command_of(arguments), "--target=image", f"--output={output}", str(ROOT)]
+    command = [*command_of(arguments), "--target=image", f"--output={output}"]
     with open(log, "w") as file:
-        run_build([*command, *(["--no-cache"] if fresh else [])], file, arguments["BASE"])
+        run_build([*command, *(["--no-cache"] if fresh else []), str(sources)], file, arguments["BASE"])
 
 
 def list_packages(arguments, folder, log):
@@ -503,17 +502,23 @@ def only_digest(flavour, base):
 
 
 def check(flavour, base):
-    """Build twice from nothing, of wheels and packages fetched once, and compare."""
+    """Build twice from nothing, of wheels and packages fetched once, and compare.
+
+    The second build is of a copy, as another person's clone may be: of another day, and closed to all others.
+    """
     check_machine(flavour)
     fetch(flavour, base)
     arguments = build_arguments(flavour, base)
     archives = [OUT / f"{flavour}-{turn}.tar" for turn in ("first", "second")]
     try:
-        for archive in archives:
-            say(f"building the {flavour} image from nothing: {archive.stem}")
-            if base == "local":
-                debian.make_base(OUT / "debs" / flavour / "base", OUT / "base.tar")
-            build(arguments, archive, archive.with_suffix(".log"), fresh=True)
+        with tempfile.TemporaryDirectory(dir=OUT) as clone:
+            for archive, sources in zip(archives, (ROOT, Path(clone)), strict=True):
+                say(f"building the {flavour} image from nothing: {archive.stem}")
+                if base == "local":
+                    debian.make_base(OUT / "debs" / flavour / "base", OUT / "base.tar")
+                if sources != ROOT:
+                    copy_sources(sources)
+                build(arguments, archive, archive.with_suffix(".log"), fresh=True, sources=sources)
         digests = [manifest_digest(archive) for archive in archives]
         if digests[0] != digests[1]:
             raise SetupError(
@@ -523,6 +528,18 @@ def check(flavour, base):
     finally:
         for archive in archives:
             archive.unlink(missing_ok=True)
+
+
+def copy_sources(clone):
+    """What a build reads of the checkout, with times and modes that a clone may have."""
+    for path in [*source_files(), ROOT / ".dockerignore", OUT / "base.tar"]:
+        copy = clone / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(path.stat().st_mode & 0o700)
+        os.utime(copy, (1e9, 1e9))
+    for folder in (path for path in clone.rglob("*") if path.is_dir()):
+        folder.chmod(0o700)
 
 
 def first_difference(first, second):

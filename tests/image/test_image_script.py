@@ -303,12 +303,12 @@ def test_two_equal_images_have_one_digest(tmp_path):
 
 @pytest.mark.parametrize("differs", [False, True])
 def test_two_builds_are_compared_and_leave_nothing(able, monkeypatch, capsys, differs):
-    def build(arguments, archive, log, fresh):
-        assert fresh
+    def build(arguments, archive, log, fresh, sources):
+        assert fresh and (sources == image.ROOT) == ("first" in archive.name)
         oci(archive, changed("usr/b", b"twO") if differs and "second" in archive.name else FILES)
 
     monkeypatch.setattr(image, "fetch", lambda flavour, base: None)
-    monkeypatch.setattr(debian, "make_base", lambda packages, tar: None)
+    monkeypatch.setattr(debian, "make_base", lambda packages, tar: tar.touch())
     monkeypatch.setattr(image, "build", build)
     if differs:
         with pytest.raises(
