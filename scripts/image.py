@@ -532,8 +532,8 @@ def check(flavour, base):
 
 def copy_sources(clone):
     """What a build reads of the checkout, with times and modes that a clone may have."""
-    for path in [*source_files(), ROOT / ".dockerignore", OUT / "base.tar"]:
-        copy = clone / path.relative_to(ROOT)
+    copies = {path: clone / path.relative_to(ROOT) for path in [*source_files(), ROOT / ".dockerignore"]}
+    for path, copy in (copies | {OUT / "base.tar": clone / "build/image/base.tar"}).items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         copy.chmod(path.stat().st_mode & 0o700)

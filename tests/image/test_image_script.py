@@ -305,6 +305,13 @@ def test_two_equal_images_have_one_digest(tmp_path):
 def test_two_builds_are_compared_and_leave_nothing(able, monkeypatch, capsys, differs):
     def build(arguments, archive, log, fresh, sources):
         assert fresh and (sources == image.ROOT) == ("first" in archive.name)
+        if sources != image.ROOT:
+            copied = {p.relative_to(sources) for p in sources.rglob("*") if p.is_file()}
+            assert {p.relative_to(image.ROOT) for p in image.source_files()} < copied
+            assert all(
+                p.stat().st_mode & 0o77 == 0 and p.stat().st_mtime == 1e9
+                for p in map(sources.joinpath, copied)
+            )
         oci(archive, changed("usr/b", b"twO") if differs and "second" in archive.name else FILES)
 
     monkeypatch.setattr(image, "fetch", lambda flavour, base: None)
@@ -319,7 +326,7 @@ def test_two_builds_are_compared_and_leave_nothing(able, monkeypatch, capsys, di
     else:
         image.check("cpu", "local")
         assert re.fullmatch(r"two builds from nothing, one digest: sha256:\w{64}\n", capsys.readouterr().out)
-    assert list(image.OUT.iterdir()) == []
+    assert [path.name for path in image.OUT.iterdir()] == ["base.tar"]
 
 
 SITE = "opt/venv/lib/python3.11/site-packages"
