@@ -61,19 +61,11 @@ PYTHON = "3.11"  # Debian 12's
 # Largest size, GB, of the unpacked layers; what a build needs on the disk, GiB (packages, image, Docker's two copies).
 LIMIT_GB = {"cpu": 1.6, "gpu": 7.0}
 DISK_GIB = {"cpu": 8, "gpu": 35}
+# All that docker needs of the environment, in which a token may be.
+ENVIRONMENT = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "TMPDIR")
 SOURCES = ("Dockerfile", "LICENSE", "image", "recipe", *sorted(LOCKS.values()))
-TAGS = [
-    "--implementation",
-    "cp",
-    "--python-version",
-    PYTHON,
-    "--abi",
-    "cp311",
-    "--abi",
-    "abi3",
-    "--abi",
-    "none",
-]
+# What the image's Python can use, for pip, which would ask this machine's.
+TAGS = f"--implementation cp --python-version {PYTHON} --abi cp311 --abi abi3 --abi none".split()
 TAGS += [word for minor in range(5, 37) for word in ("--platform", f"manylinux_2_{minor}_x86_64")]
 TAGS += [word for old in ("1", "2010", "2014") for word in ("--platform", f"manylinux{old}_x86_64")]
 
@@ -252,18 +244,8 @@ def torch_source():
 def download(pip, entries, folder, lock_name, extra=()):
     requirements = folder / "wanted.txt"
     requirements.write_text("".join(entries))
-    args = [
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--only-binary",
-        ":all:",
-        "-d",
-        str(folder),
-    ]
-    pip.run([*args, *TAGS, *extra, "-r", str(requirements)], lock_name, total=len(entries))
+    args = ["-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    pip.run([*args, *TAGS, *extra, "-d", str(folder), "-r", str(requirements)], lock_name, total=len(entries))
     requirements.unlink()
 
 
@@ -310,13 +292,7 @@ def list_packages(arguments, folder, log):
 
 def run_build(command, log, base):
     """docker buildx, its noise in the log, its steps on the terminal."""
-    # BuildKit reads proxies and SOURCE_DATE_EPOCH from here too; nothing of ours, such as a token, is needed.
-    environ = {
-        k: v
-        for k, v in os.environ.items()
-        if k
-        in ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "TMPDIR")
-    }
+    environ = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     process = subprocess.Popen(
         ["docker", *command],
         stdout=subprocess.PIPE,
@@ -395,13 +371,9 @@ def part_of(name):
     if package:
         first = re.sub(r"(\.libs|-[^-]*\.dist-info|\.py|\.pth)$", "", package[1])
         return f"{first}/{package[2]}" if first == "nvidia" and package[2] else first
-    return (
-        "recipe"
-        if name.startswith("opt/recipe/")
-        else "python"
-        if "python3" in name or name.startswith("opt/venv")
-        else "debian"
-    )
+    if name.startswith("opt/recipe/"):
+        return "recipe"
+    return "python" if "python3" in name or name.startswith("opt/venv") else "debian"
 
 
 def sizes(archive):

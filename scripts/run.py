@@ -167,17 +167,8 @@ def start(arguments, service, flavour, environ):
         if bundle:  # a company's own certificates
             options += ["--volume", f"{os.path.realpath(bundle)}:/etc/ssl/host.pem:ro"]
             options += [word for name in CERTIFICATES for word in ("--env", f"{name}=/etc/ssl/host.pem")]
-    name = service if flavour == "gpu" else f"{service}-cpu"
-    command = [
-        "docker",
-        "compose",
-        "--project-directory",
-        str(ROOT),
-        "--file",
-        str(ROOT / "compose.yaml"),
-        *options,
-        name,
-    ]
+    compose = ["docker", "compose", "--project-directory", str(ROOT), "--file", str(ROOT / "compose.yaml")]
+    command = [*compose, *options, service if flavour == "gpu" else f"{service}-cpu"]
 
     # Compose without a terminal would leave the container behind at a signal: it gets none, and the container all.
     signals = []
