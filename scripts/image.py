@@ -30,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import setup
 from setup import (
     DEFAULT_TORCH_INDEX,
     LOCKS,
@@ -302,13 +303,18 @@ def run_build(command, log, base):
         env=environ,
     )
     lines: collections.deque[str] = collections.deque(maxlen=2000)
+    told = {""}
     try:
         for line in process.stdout or ():
             log.write(line)
             lines.append(line.rstrip())
-            step = re.match(r"#\d+ \[(.+?)\] (.*)", line)
-            if step and "internal" not in step[1]:
-                say(f"  {step[1]}")
+            step = re.match(
+                r"#\d+ \[(\S+ \d+/\d+)\]|#\d+ (exporting layers|rewriting layers|sending tarball)", line
+            )
+            name = step and (step[1] or step[2])
+            if name and name not in told:
+                told.add(name)
+                say(f"  {name}")
     finally:
         if process.poll() is None and sys.exc_info()[0]:
             process.terminate()
@@ -546,6 +552,7 @@ def base_alone():
 
 def main(argv):
     signal.signal(signal.SIGTERM, stop)
+    setup.WHO = argv[0]
     try:
         if argv == ["base"]:
             base_alone()

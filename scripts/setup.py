@@ -39,8 +39,11 @@ class SetupError(Exception):
         self.code = code
 
 
+WHO = "setup"  # who speaks; other scripts put their name
+
+
 def say(message):
-    print("setup: " + message, file=sys.stderr, flush=True)
+    print(WHO + ": " + message, file=sys.stderr, flush=True)
 
 
 # --- what this machine is ---------------------------------------------------------------------------------

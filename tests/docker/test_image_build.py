@@ -223,7 +223,7 @@ def refused(base: str) -> str:
     ).stdout
     done = make(ROOT, "build", BASE=base)
     assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("build: ")]
+    said = [line for line in done.stderr.splitlines() if line.startswith("build: BASE=")]
     assert len(said) == 1
     assert (
         subprocess.run(["docker", "image", "inspect", "qlora-70b-recipe:cpu"], capture_output=True).stdout
