@@ -75,7 +75,7 @@ ENV PATH=/opt/venv/bin:/usr/bin:/bin \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
     TRITON_CACHE_DIR=/cache/triton
-WORKDIR /work
+WORKDIR /checkout
 USER 1000:1000
 ENTRYPOINT ["/usr/bin/tini", "--", "/opt/venv/bin/python", "-m", "recipe"]
 CMD ["preflight", "--config", "/opt/recipe/recipe/configs/llama-3.1-70b.yaml"]

@@ -17,6 +17,7 @@ from tests.docker.calls import ROOT, TOKEN, environment, make
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import lock
+import oci
 
 import image as script
 
@@ -80,7 +81,7 @@ def files(image, tmp_path_factory):
     """(name, bytes) of every file in every layer would not fit: names, and whether a layer has the token."""
     archive = tmp_path_factory.mktemp("saved") / "image.tar"
     subprocess.run(["docker", "save", "-o", str(archive), image.name], check=True)
-    names = [entry.name for layer in script.layers(archive) for entry in layer]
+    names = [entry.name for layer in oci.layers(archive) for entry in layer]
     yield archive, names
     archive.unlink()
 

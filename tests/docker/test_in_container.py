@@ -19,6 +19,7 @@ import engine as engine_script
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 CONFIG = "CONFIG=recipe/configs/smollm2-135m.yaml"
+TRAIN = [sys.executable, "scripts/run.py", "train", "--config", "recipe/configs/smollm2-135m.yaml", "--run"]
 STEPS = "--set train.steps=2 --set train.save_every=1"
 
 LOOK = """
@@ -282,15 +283,7 @@ def test_the_token_is_in_no_file_of_a_run(trained):
 def test_a_signal_saves_and_ends_the_container(prepared, number, to_all, code):
     """Ctrl-C of a terminal goes to every process of the job, a service manager's SIGTERM to the first one."""
     name = f"stopped-{code}"
-    command = [
-        sys.executable,
-        "scripts/run.py",
-        "train",
-        "--config",
-        "recipe/configs/smollm2-135m.yaml",
-        "--run",
-        name,
-    ]
+    command = [*TRAIN, name]
     process = subprocess.Popen(
         command,
         cwd=prepared,
@@ -316,15 +309,7 @@ def test_a_signal_saves_and_ends_the_container(prepared, number, to_all, code):
 def test_ctrl_c_at_a_terminal(prepared):
     """There the key goes through docker into the container's own terminal, once."""
     main, side = pty.openpty()
-    command = [
-        sys.executable,
-        "scripts/run.py",
-        "train",
-        "--config",
-        "recipe/configs/smollm2-135m.yaml",
-        "--run",
-        "terminal",
-    ]
+    command = [*TRAIN, "terminal"]
     process = subprocess.Popen(
         command,
         cwd=prepared,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import debian
 import engine
+import oci
 import pytest
 from setup import SetupError
 
@@ -231,7 +232,7 @@ def test_the_revision_says_whether_the_sources_differ_from_the_commit(checkout):
 # --- two builds -------------------------------------------------------------------------------------------
 
 
-def oci(path, *layers, labels=""):
+def archive_of(path, *layers, labels=""):
     """An OCI archive of these layers, each a list of (name, content, changes of its entry)."""
 
     def tar(target, files):
@@ -289,16 +290,19 @@ def changed(name, content=None, **changes):
     ],
 )
 def test_the_first_difference_of_two_images_is_named(tmp_path, layers, labels, expected):
-    first = oci(tmp_path / "first.tar", FILES, OTHER)
-    second = oci(tmp_path / "second.tar", *layers, labels=labels)
-    assert image.manifest_digest(first) != image.manifest_digest(second)
-    assert re.match(expected, image.first_difference(first, second))
+    first = archive_of(tmp_path / "first.tar", FILES, OTHER)
+    second = archive_of(tmp_path / "second.tar", *layers, labels=labels)
+    assert oci.manifest_digest(first) != image.manifest_digest(second)
+    assert re.match(expected, oci.first_difference(first, second))
 
 
 def test_two_equal_images_have_one_digest(tmp_path):
-    first, second = oci(tmp_path / "first.tar", FILES, OTHER), oci(tmp_path / "second.tar", FILES, OTHER)
-    assert image.manifest_digest(first) == image.manifest_digest(second)
-    assert re.fullmatch(r"sha256:[0-9a-f]{64}", image.manifest_digest(first))
+    first, second = (
+        archive_of(tmp_path / "first.tar", FILES, OTHER),
+        archive_of(tmp_path / "second.tar", FILES, OTHER),
+    )
+    assert oci.manifest_digest(first) == image.manifest_digest(second)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", oci.manifest_digest(first))
 
 
 @pytest.mark.parametrize("differs", [False, True])
@@ -312,7 +316,7 @@ def test_two_builds_are_compared_and_leave_nothing(able, monkeypatch, capsys, di
                 p.stat().st_mode & 0o77 == 0 and p.stat().st_mtime == 1e9
                 for p in map(sources.joinpath, copied)
             )
-        oci(archive, changed("usr/b", b"twO") if differs and "second" in archive.name else FILES)
+        archive_of(archive, changed("usr/b", b"twO") if differs and "second" in archive.name else FILES)
 
     monkeypatch.setattr(image, "fetch", lambda flavour, base: None)
     monkeypatch.setattr(debian, "make_base", lambda packages, tar: tar.touch())
@@ -349,7 +353,7 @@ SITE = "opt/venv/lib/python3.11/site-packages"
     ],
 )
 def test_each_file_belongs_to_a_part(name, part):
-    assert image.part_of(name) == part
+    assert oci.part_of(name) == part
 
 
 def test_the_parts_sizes_are_counted_largest_first(tmp_path):
@@ -358,8 +362,8 @@ def test_the_parts_sizes_are_counted_largest_first(tmp_path):
         (f"{SITE}/torch/a", b"1234"),
         (f"{SITE}/torch/b", b"", {"type": tarfile.SYMTYPE}),
     ]
-    archive = oci(tmp_path / "a.tar", files, [("opt/recipe/a", b"12"), (f"{SITE}/torch/c", b"12345")])
-    assert list(image.sizes(archive).items()) == [("torch", 9), ("recipe", 2), ("debian", 1)]
+    archive = archive_of(tmp_path / "a.tar", files, [("opt/recipe/a", b"12"), (f"{SITE}/torch/c", b"12345")])
+    assert list(oci.sizes(archive).items()) == [("torch", 9), ("recipe", 2), ("debian", 1)]
 
 
 # --- when a build fails -----------------------------------------------------------------------------------
