@@ -11,7 +11,7 @@ export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat bench test \
-  test-long lint lock audit clean ready python
+  test-long lint lock audit clean ready python provision unprovision
 .SILENT:
 
 BIN = .venv/bin/
@@ -26,6 +26,8 @@ help:
 	'Begin' \
 	'  make setup            the locked packages into .venv (FLAVOUR=cpu|gpu PYTHON= TORCH_INDEX=)' \
 	'  make demo             the whole job, small and real, on the CPU' \
+	'  make provision        this machine: driver, Docker, GPUs in containers, swap (ARGS="--tags checks" only looks)' \
+	'  make unprovision      take that back, and nothing else' \
 	'  make build            the container image, the same bytes everywhere (FLAVOUR= BASE= DEBIAN_MIRROR=)' \
 	'' \
 	'Fine-tune' \
@@ -68,6 +70,9 @@ ready: setup
 
 build build-check base: python
 	$(PYTHON3) scripts/image.py $@
+
+provision unprovision: python
+	$(PYTHON3) scripts/provision.py $@.yml $(ARGS)
 
 demo: python
 	$(RECIPE) demo $(with_run) $(ARGS)

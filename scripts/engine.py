@@ -14,7 +14,7 @@ from setup import SetupError
 
 CDI_FOLDERS = ("/etc/cdi", "/var/run/cdi")  # where Docker looks for them
 NEEDED_COMPOSE = (2, 24)  # env_file that may be missing
-INSTALL = "see https://docs.docker.com/engine/install"
+INSTALL = "`make provision` installs it (docs/provision.md), or see https://docs.docker.com/engine/install"
 
 
 class EngineError(SetupError):
@@ -63,7 +63,7 @@ def explain(text):
 
 def no_gpu_line():
     return (
-        "Docker has no NVIDIA GPU to give: install the NVIDIA container toolkit, then "
+        "Docker has no NVIDIA GPU to give: `make provision` brings the NVIDIA container toolkit; where it is there, "
         "`sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml`; without a GPU, FLAVOUR=cpu"
     )
 

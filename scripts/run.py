@@ -161,6 +161,7 @@ def start(arguments, service, flavour, environ):
     for path, writable in outside_paths(arguments, *map(int, environ["RECIPE_USER"].split(":"))):
         options += ["--volume", f"{path}:{path}{'' if writable else ':ro'}"]
     if service == "prepare":
+        environ = {**environ, **hub_token(environ)}
         bundle = next(
             (os.environ[name] for name in CERTIFICATES if os.path.isfile(os.environ.get(name, ""))), None
         )
@@ -191,6 +192,18 @@ def start(arguments, service, flavour, environ):
     if code not in (0, 2, 130, 143) and time.monotonic() - started < SOON_SECONDS:
         explain_start(command, environ)
     return code
+
+
+def hub_token(environ):
+    """The model hub's token for a container, which does not see the home that `hf auth login` keeps it in."""
+    if environ.get("HF_TOKEN"):
+        return {}
+    home = Path(environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    try:
+        token = Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {"HF_TOKEN": token} if token else {}
 
 
 def explain_start(command, environ):

@@ -13,7 +13,7 @@ from typing import Any
 
 from recipe.hardware import Machine
 from recipe.plan import Plan
-from recipe.preflight import gpu, host, inputs, software
+from recipe.preflight import gpu, host, inputs, link, software
 from recipe.preflight.check import REPOSITORY, Check, Context
 from recipe.settings import Settings
 
@@ -34,7 +34,13 @@ def run_checks(
     context = Context(settings, machine, plan, prepared, lock_folder)
     # Without GPUs, `present` has said all that there is to say.
     gpus = gpu.WITH_GPUS if machine.gpus and context.on_gpu else []
-    return [check(context) for check in [*host.CHECKS, *gpu.ALWAYS, *gpus, *software.CHECKS, *inputs.CHECKS]]
+    checks = [
+        check(context) for check in [*host.CHECKS, *gpu.ALWAYS, *gpus, *software.CHECKS, *inputs.CHECKS]
+    ]
+    # With a GPU missing, or one that torch cannot use, an all-reduce would only fail too.
+    if host.needs_nccl(plan) and machine.gpus and not failed(checks):
+        checks += [check(context) for check in link.WITH_NCCL]
+    return checks
 
 
 def failed(checks: list[Check]) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of
-from recipe.prepare.source import find_source
 from recipe.settings import Settings
 
 RECORD = "prepare.json"
@@ -59,6 +58,8 @@ def prepare(settings: Settings) -> Prepared:
         _check_sizes(target)
         source = read_json(target / RECORD)["source"]
         return Prepared(target, source["name"], source["revision"], fresh=False)
+    from recipe.prepare.source import find_source  # with packages that a bare host, which only plans, lacks
+
     source = find_source(settings)
     quantization = read_json(source.folder / "config.json").get("quantization_config")
     if quantization:

@@ -53,7 +53,7 @@ SITUATIONS = {
         None,
         "cpu",
         False,
-        r"Docker is not installed: see .*; RUNTIME=host runs without it",
+        r"Docker is not installed: `make provision` installs it .*; RUNTIME=host runs without it",
     ),
     "not running": ({"engine": "down"}, "cpu", False, NOT_RUNNING),
     "not running, Docker 29": ({"engine": "down 29"}, "cpu", False, NOT_RUNNING),

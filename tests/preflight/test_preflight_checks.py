@@ -10,7 +10,7 @@ import pytest
 from recipe import preflight
 from recipe.hardware import AMD, NVIDIA, DisplayDevice, Gpu, Machine
 from recipe.plan import make_plan
-from recipe.preflight import gpu, host, inputs, software
+from recipe.preflight import gpu, host, inputs, link, software
 from recipe.preflight.check import Check, Context
 from recipe.settings import from_dict
 
@@ -344,6 +344,7 @@ def test_a_broken_library_does_not_break_preflight(tmp_path, monkeypatch, packag
 
 def test_run_checks_asks_about_gpus_only_where_there_are_some(monkeypatch):
     monkeypatch.setattr(Context, "stack", STACK)
+    monkeypatch.setattr(link, "WITH_NCCL", [])  # test_all_reduce.py
     settings = from_dict({"model": "meta-llama/Llama-3.1-8B"})
     with_gpus = preflight.run_checks(settings, GOOD, make_plan(settings, GOOD))
     bare = dataclasses.replace(GOOD, gpus=[])

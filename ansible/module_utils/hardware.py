@@ -1,0 +1,1 @@
+../../recipe/hardware.py
