@@ -27,6 +27,8 @@ from judging.case import Case, Row
 
 WIDTH = 100
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL", "skip": "skip"}
+# What `uri` puts before the reason why something did not answer.
+BEFORE_REASON = re.compile(r"Status code was \S+ and not \[[\d, ]*\]: |Request failed: |<urlopen error ")
 CHECKS = [*host.SYSTEM, *gpus.GPUS, *gpus.DRIVER, *host.MEMORY, *host.SOFTWARE]
 
 
@@ -55,12 +57,7 @@ def excused(rows: list[Row], names: list[str]) -> list[Row]:
 def unreachable(results: list[dict]) -> list[dict]:
     """Of the answers of Ansible's `uri`, those that are none: [{url, for, error}]. 407 is a proxy that refuses."""
     return [
-        result["item"]
-        | {
-            "error": re.sub(
-                r".*(?:Request failed: |urlopen error )", "", result.get("msg", "no answer")
-            ).strip("<> ")
-        }
+        result["item"] | {"error": BEFORE_REASON.sub("", result.get("msg", "no answer")).strip("<> ")}
         for result in results
         if result.get("status", -1) in (-1, 407)
     ]

@@ -36,7 +36,7 @@ def architecture(case: Case) -> Row:
 
 def kernel(case: Case) -> Row:
     """Headers come from the package that the kernel came from: without one, no module can be built for it."""
-    found, package = case.machine.get("kernel", ""), case.machine.get("kernel_package")
+    found, package = case.machine.get("kernel") or "unknown", case.machine.get("kernel_package")
     if not case.builds_modules or case.machine.get("headers_for_kernel") or package:
         return row("kernel", "ok", f"{found}{f' of {package}' if package else ''}")
     image = "linux-image-amd64" if case.release_id == "debian" else "linux-generic"

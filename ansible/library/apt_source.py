@@ -28,7 +28,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,12 +202,12 @@ def agreed(source: Source, signed_by: str, folder: Path) -> str:
 
 
 def targets(*options: str) -> list[dict[str, str]]:
-    """What apt downloads for its sources: URI, Filename, Base-URI, Sourcesentry (FILE:NUMBER) and more, each."""
+    """What apt downloads for its sources: Filename, Base-URI and more, each. AptError where it cannot read them."""
     status, text = run(["apt-get", "indextargets", *options])
+    if status:
+        raise AptError(explain(text), text)
     blocks = [dict(re.findall(r"^(\S+): (.*)$", block, re.MULTILINE)) for block in text.split("\n\n")]
-    return [
-        block for block in blocks if "Filename" in block and not status
-    ]  # there may be warnings between them
+    return [block for block in blocks if "Filename" in block]  # there may be warnings between them
 
 
 def file_of(repository: str) -> str | None:
@@ -299,31 +299,28 @@ def absent(source: Source, check: bool) -> dict:
         if path != source.key
     ]
     if files and not check:
-        lists = lists_of(source)
-        for path in [*files, *lists]:
-            path.unlink(missing_ok=True)
+        ours = []
+        with suppress(AptError):
+            if source.file.exists():
+                ours = targets(f"-oDir::Etc::sourcelist={source.file}", "-oDir::Etc::sourceparts=-")
+        for path in files:
+            path.unlink()
+        forget_lists(ours)
     return {"changed": bool(files), "diff": diff, "removed": [str(path) for path in files]}
 
 
-def lists_of(source: Source) -> list[Path]:
-    """What apt has downloaded for this source and for no other."""
-    if not source.file.exists():
-        return []
-    everything = targets()
-    ours = targets(f"-oDir::Etc::sourcelist={source.file}", "-oDir::Etc::sourceparts=-")
-    of_others = [one for one in everything if one["Sourcesentry"].rpartition(":")[0] != str(source.file)]
-    used = {one["Filename"] for one in of_others}
-    found: list[Path] = []
-    for name in {one["Filename"] for one in ours} - used if everything else ():
-        found += LISTS.glob(f"{Path(name).name}*")  # perhaps compressed
-    shared = {one["Base-URI"] for one in of_others}
-    for uri in {one["Base-URI"] for one in ours} - shared if everything else ():
-        found += [
-            path
-            for end in ("InRelease", "Release", "Release.gpg")
-            if (path := LISTS / file_name(uri + end)).exists()
-        ]
-    return found
+def forget_lists(ours: list[dict[str, str]]) -> None:
+    """Deletes what apt has downloaded for these and for none of the sources that are left."""
+    try:
+        others = targets()
+    except AptError:
+        return  # the next `apt-get update` does it
+    for name in {one["Filename"] for one in ours} - {one["Filename"] for one in others}:
+        for path in LISTS.glob(f"{Path(name).name}*"):  # perhaps compressed
+            path.unlink()
+    for uri in {one["Base-URI"] for one in ours} - {one["Base-URI"] for one in others}:
+        for end in ("InRelease", "Release", "Release.gpg"):
+            (LISTS / file_name(uri + end)).unlink(missing_ok=True)
 
 
 def file_name(uri: str) -> str:
