@@ -19,14 +19,10 @@ name different keys for one repository. Where the user's key is not the wanted o
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 import shutil
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +30,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible.module_utils.apt_failures import GO_ON, explain, one_line
+from ansible.module_utils.apt_failures import explain
 from ansible.module_utils.apt_tools import (
     LISTS,
     UPDATE,
@@ -44,11 +40,10 @@ from ansible.module_utils.apt_tools import (
     run_locked,
     write_whole,
 )
-from ansible.module_utils.openpgp_keys import dearmor, fingerprints
+from ansible.module_utils.openpgp_keys import key_in, load
 
 ETC = Path("/etc/apt")
 PARTS = ETC / "sources.list.d"
-KEY_BYTES = 2**20  # the largest keys of vendors have 100 KiB
 HEAD = "# Made by the recipe's provision.yml; unprovision.yml removes it.\n"
 
 
@@ -101,59 +96,6 @@ def pin_text(pin: dict | None) -> str:
     value = f'"{pin["origin"]}"' if kind == "origin" else pin["release"]
     return (
         f"{HEAD}Package: {' '.join(pin['packages'])}\nPin: {kind} {value}\nPin-Priority: {pin['priority']}\n"
-    )
-
-
-# --- the key ---------------------------------------------------------------------------------------------------------
-
-
-def key_in(path: str | Path, fingerprint: str) -> bool:
-    """Does this keyring, which is on the host, have the key (and perhaps others)?"""
-    try:
-        return fingerprint in fingerprints(dearmor(Path(path).read_bytes()))
-    except (OSError, ValueError):
-        return False
-
-
-def load(name: str, url: str, fingerprint: str, timeout: int) -> bytes:
-    """The key's packets from the network, once it is sure that it is the wanted one and nothing else."""
-    data = download(name, url, timeout)
-    try:
-        packets = dearmor(data)
-        found = fingerprints(packets)
-    except ValueError as error:
-        begins = one_line(data[:40].decode(errors="replace"))
-        raise AptError(
-            f"key of {name} ({url}): not an OpenPGP key ({error}; it begins with {begins!r}), expected {fingerprint}: "
-            "a mirror or proxy serves another file; nothing was changed"
-        ) from None
-    if found != [fingerprint]:
-        raise AptError(
-            f"key of {name} ({url}): fingerprint {' and '.join(found)}, expected {fingerprint}: not the vendor's key, "
-            "a mirror or proxy serves another file; nothing was changed"
-        )
-    return packets
-
-
-def download(name: str, url: str, timeout: int) -> bytes:
-    for attempt in range(3):
-        try:
-            with urllib.request.urlopen(url, timeout=timeout) as answer:
-                data = answer.read(KEY_BYTES + 1)
-            if len(data) > KEY_BYTES:
-                raise AptError(
-                    f"key of {name} ({url}): more than {KEY_BYTES} bytes, expected a key; nothing was changed"
-                )
-            return data
-        except urllib.error.HTTPError as error:
-            reason = f"{error.code} {error.reason}"
-            if error.code < 500:
-                break
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
-        time.sleep(attempt)
-    raise AptError(
-        f"key of {name}: cannot load {url} ({one_line(reason)}); check the network, proxy or mirror, {GO_ON}"
     )
 
 
@@ -226,17 +168,18 @@ def file_of(repository: str) -> str | None:
 
 def present(source: Source, wanted: dict, check: bool) -> dict:
     before, pin = read(source.file), pin_text(wanted["pin"])
-    signed_by = wanted["key_file"] or str(source.key)
-    has_key = not source.fingerprint or (source.key.exists() and key_in(source.key, source.fingerprint))
-    # The key that was agreed on when it was made.
-    used = "".join(re.findall(r"^Signed-By: (.*)$", before, re.MULTILINE))
-    trusted = key_in(used, source.fingerprint) if source.fingerprint else not used or Path(used).exists()
+    has_key = bool(source.fingerprint) and key_in(source.key, source.fingerprint, only=True)
+    used = "".join(re.findall(r"^Signed-By: (.*)$", before, re.MULTILINE))  # as was agreed when it was made
+    if not source.fingerprint:
+        trusted = not used or Path(used).exists()
+    else:
+        trusted = has_key if used == str(source.key) else key_in(used, source.fingerprint)
     if before == source.text(used) and trusted and read(source.pin) == pin:
         return {"changed": False, "diff": {"before": "", "after": ""}}
     if wanted["key_file"] and not check and not os.access(wanted["key_file"], os.R_OK):
         raise AptError(f"key_file: {wanted['key_file']} is not there; expected a keyring on the host")
     with staged() as folder:
-        signed_by = agreed(source, signed_by, folder)
+        signed_by = agreed(source, wanted["key_file"] or str(source.key), folder)
         text = source.text(signed_by)
         result = {"changed": True, "diff": shown(source, before, text, pin)}
         if check:
@@ -255,13 +198,13 @@ def present(source: Source, wanted: dict, check: bool) -> dict:
         )
     if packets:
         write_whole(source.key, packets)
-    elif not own_key:
-        source.key.unlink(missing_ok=True)
     if pin:
         write_whole(source.pin, pin.encode())
-    else:
-        source.pin.unlink(missing_ok=True)
     write_whole(source.file, text.encode())
+    if not own_key:
+        source.key.unlink(missing_ok=True)
+    if not pin:
+        source.pin.unlink(missing_ok=True)
     return result
 
 
@@ -343,6 +286,12 @@ def read_source(module: AnsibleModule) -> Source:
             raise AptError(f"source {wanted['name']}: expected either key_url or key_file")
         if wanted["key_url"] and not re.fullmatch(r"[0-9A-F]{40}|[0-9A-F]{64}", fingerprint):
             raise AptError(f"source {wanted['name']}: fingerprint {fingerprint!r}; expected 40 hex digits")
+        flat = {suite.endswith("/") for suite in wanted["suites"]}
+        if flat != {not wanted["components"]}:
+            raise AptError(
+                f"source {wanted['name']}: suites {wanted['suites']}, components {wanted['components']}; expected either "
+                "components, or suites that are paths and end with /"
+            )
         for field in ("uris", "suites", "components", "architectures"):
             for word in wanted[field]:
                 if re.search(r"\s", word) or not word:

@@ -153,11 +153,13 @@ def install(job: Job, wishes: list[Wish], latest: bool) -> None:
         known = known_to_apt(wishes)
         for wish in wishes:
             if not wish.choice(known):
-                raise AptError(problem or unknown(wish, known))
+                raise AptError(unknown(wish, known, problem))
         if problem:  # of a source that is not needed for these
             job.warnings.append(f"apt-get update: {problem}")
     while words := arguments(wishes, known, latest):
         plan = simulate(options(words), names)
+        if not plan:
+            return
         flags = allow(job, plan, names)
         try:
             transaction(job, [*INSTALL, *flags, *options(words)], plan, words)
@@ -184,11 +186,14 @@ def update(job: Job, names: list[str]) -> str | None:
     return None
 
 
-def unknown(wish: Wish, known: dict[str, Known]) -> str:
+def unknown(wish: Wish, known: dict[str, Known], problem: str | None) -> str:
+    if problem and problem.startswith("apt cannot reach"):
+        return problem
     name, version = wish.alternatives[0]
-    if name not in known:
-        return no_candidate(str(wish))
-    return f"{name}: no version {version} in apt's sources; they have {listed(known[name].versions)}"
+    line = no_candidate(str(wish))
+    if name in known:
+        line = f"{name}: no version {version} in apt's sources; they have {listed(known[name].versions)}"
+    return f"{line}; apt-get update: {problem}" if problem else line
 
 
 def difference(
@@ -224,7 +229,8 @@ def work(module: AnsibleModule) -> dict:
     )
     wishes = [Wish.parse(text) for text in wanted["name"]]
     replaced = job.record.replaced
-    before, kept = database(), []
+    before = database()
+    kept: list[str] = []
     if wanted["state"] in ("present", "latest"):
         lines = present(job, wishes, wanted["state"] == "latest", wanted["hold"], before)
         replaced = job.record.replaced

@@ -150,9 +150,10 @@ def _network(text: str, wanted: str) -> str | None:
     if not found:
         return None
     host, reason = urlsplit(found[1]).netloc.rpartition("@")[2] or found[1], found[2]
-    blocks = re.findall(r"^Err:\d+ \S+.*\n((?:  .+\n)+)", text, re.MULTILINE)
-    if blocks and (not reason or reason.endswith(":")):  # apt 3 prints only the last of several reasons
-        reason = blocks[0].splitlines()[0]
+    if not reason or reason.endswith(":"):  # apt 3 prints only the last of several reasons
+        for uri, reasons in re.findall(r"^Err:\d+ (\S+).*\n((?:  .+\n)+)", text, re.MULTILINE):
+            if found[1].startswith(uri):
+                reason = reasons.splitlines()[0]
     reason = re.sub(r"\s*\[IP: .*?\]", "", reason).strip().rstrip(".")
     if re.match(r"404\b", reason):
         return f"{found[1]} is not there (404), needed for {wanted}: its mirror is not up to date; take another, {GO_ON}"

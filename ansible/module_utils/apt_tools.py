@@ -45,12 +45,16 @@ class AptError(Exception):
     """One line for the user; `text` is what apt printed."""
 
     def __init__(self, message: str, text: str = ""):
-        super().__init__(message)
+        super().__init__(without_passwords(message))
         self.text = text
 
     @property
     def log(self) -> list[str]:
         return self.text.splitlines()[-40:]
+
+
+def without_passwords(text: str) -> str:
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 class LockError(AptError):
@@ -77,7 +81,10 @@ def run(command: Sequence[str]) -> tuple[int, str]:
         text = output.read().decode(errors="replace").replace("\r\n", "\n")
     if done.returncode < 0:
         text += f"\nE: {command[0]} was killed (signal {-done.returncode})"
+    # Errors come unbuffered, in the middle of a line.
+    text = re.sub(r"(\.\.\.)(?=[EW]: )", r"\1\n", text)
     # dpkg counts up within one line when it believes in a terminal.
+    text = without_passwords(text)
     return done.returncode, re.sub(r"\(Reading database \.\.\. (?:\d+%)?\r?", "", text)
 
 

@@ -1,10 +1,20 @@
-"""Whose key is it? The fingerprints in an OpenPGP key file, without gpg, which a bare machine need not have."""
+"""Whose key is it? Loads OpenPGP keys and reads their fingerprints, without gpg, which a bare machine need not have."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import re
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from ansible.module_utils.apt_failures import GO_ON, one_line
+from ansible.module_utils.apt_tools import AptError
+
+KEY_BYTES = 2**20  # the largest keys of vendors have 100 KiB
 
 
 def dearmor(data: bytes) -> bytes:
@@ -69,3 +79,54 @@ def _fingerprint(body: bytes) -> str:
     if body[0] == 6:
         return hashlib.sha256(b"\x9b" + len(body).to_bytes(4, "big") + body).hexdigest().upper()
     raise ValueError(f"a key of version {body[0]}; expected 4 or 6")
+
+
+def key_in(path: str | Path, fingerprint: str, only: bool = False) -> bool:
+    """Does this keyring, which is on the host, have the key; and, with `only`, no other?"""
+    try:
+        found = fingerprints(dearmor(Path(path).read_bytes()))
+    except (OSError, ValueError):
+        return False
+    return found == [fingerprint] if only else fingerprint in found
+
+
+def load(name: str, url: str, fingerprint: str, timeout: int) -> bytes:
+    """The key's packets from the network, once it is sure that it is the wanted one and nothing else."""
+    data = download(name, url, timeout)
+    try:
+        packets = dearmor(data)
+        found = fingerprints(packets)
+    except ValueError as error:
+        begins = one_line(data[:40].decode(errors="replace"))
+        raise AptError(
+            f"key of {name} ({url}): not an OpenPGP key ({error}; it begins with {begins!r}), expected {fingerprint}: "
+            "a mirror or proxy serves another file; nothing was changed"
+        ) from None
+    if found != [fingerprint]:
+        raise AptError(
+            f"key of {name} ({url}): fingerprint {' and '.join(found)}, expected {fingerprint}: not the vendor's key, "
+            "a mirror or proxy serves another file; nothing was changed"
+        )
+    return packets
+
+
+def download(name: str, url: str, timeout: int) -> bytes:
+    for attempt in range(3):
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as answer:
+                data = answer.read(KEY_BYTES + 1)
+            if len(data) > KEY_BYTES:
+                raise AptError(
+                    f"key of {name} ({url}): more than {KEY_BYTES} bytes, expected a key; nothing was changed"
+                )
+            return data
+        except urllib.error.HTTPError as error:
+            reason = f"{error.code} {error.reason}"
+            if error.code < 500:
+                break
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        time.sleep(attempt)
+    raise AptError(
+        f"key of {name}: cannot load {url} ({one_line(reason)}); check the network, proxy or mirror, {GO_ON}"
+    )

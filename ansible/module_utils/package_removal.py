@@ -45,13 +45,12 @@ def choose(ours: list[str], packages: dict[str, Package], record: Record) -> tup
             kept[name] = "the system cannot be without it"
         elif packages[name].exists and name not in auto and name not in record.manual:
             kept[name] = "somebody has asked for it since (apt-mark showmanual)"
-    kept |= needed(packages, [name for name in ours if name not in kept])
     while going := [name for name in ours if name not in kept]:
         plan = simulate(["purge", *going], going)
         more = [name for name in (*plan.gone, *plan.new, *plan.other) if name not in going]
         if not more:
             return kept, plan
-        # Relations have versions, which needed() does not read: for these, another package of the name will not do.
+        # Relations have versions, which needed() does not read: for these, what else has the name will not do.
         further = needed(packages, going, strict=more)
         if not further:
             raise AptError(

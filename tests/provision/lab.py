@@ -45,10 +45,12 @@ CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 # What pip, Python and curl on this machine need to reach the network, the hosts need too.
 CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 PASSED_ON = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
+# A file is the host's own, whatever another's of the same name; a device is the machine's too.
 CLEAN_UP = """
-tail -n +2 /proc/swaps | while read -r path rest; do
+tail -n +2 /proc/swaps | while read -r path kind rest; do
+  if [ -f "$path" ]; then swapoff "$path"; continue; fi
   case " $KEEP " in *" $path "*) ;; *) [ ! -e "$path" ] || swapoff "$path" ;; esac
-done
+done 2>/dev/null
 losetup -nO NAME,BACK-FILE | while read -r loop file; do [ ! -e "$file" ] || losetup -d "$loop"; done
 """
 
@@ -82,7 +84,10 @@ def start_mirror() -> Mirror:
         sys.path.insert(0, scripts)
     import debian
 
-    CACHE.mkdir(parents=True, exist_ok=True)
+    with alone():  # apt, too, is one session's at a time
+        done = subprocess.run(["bash", ROOT / ".ci/hosts", "tools"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"what the lab needs could not be installed: {done.stderr.strip()}")
     return Mirror(gateway(), CACHE, debian.mirrors())
 
 
@@ -265,7 +270,7 @@ class Host:
         return image
 
     def inventory(self) -> str:
-        """An inventory with this host in it."""
+        """An inventory with this host in it; to become root is the playbook's."""
         ssh = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         return (
             f"{self.name} ansible_host={self.address} ansible_user=owner"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -26,7 +27,6 @@ from tests.provision.standin import vendors
 from tests.provision.standin.mirror import Mirror
 from tests.provision.standin.packages import Package
 
-KEPT_DAYS = 7
 NOT_IN_CONTROL = ("Filename", "Size", "MD5", "SHA", "Description", "Tag")  # only an archive's list has them
 
 
@@ -53,12 +53,14 @@ MODELS = {
 }
 SPEEDS = {3: "8.0 GT/s PCIe", 4: "16.0 GT/s PCIe", 5: "32.0 GT/s PCIe"}
 
+Card = tuple[str, str] | tuple[str, str, Mapping[str, str]]
+
 # --- devices ----------------------------------------------------------------------------------------------
 
 
 def gpus(
     host: Host,
-    cards: Sequence[tuple[str, str] | tuple[str, str, Mapping[str, str]]],
+    cards: Sequence[Card],
     driver: str | None = None,
     secure_boot: bool | None = None,
     p2p: str = "CNS",
@@ -74,9 +76,8 @@ def gpus(
         p2p: what nvidia-smi says of one card reading another's memory.
         bar1_mib: size of the window onto a card's memory; with resizable BAR, all of it.
     """
-    given = [
-        _gpu(index, *card, bar1_mib=bar1_mib) for index, card in enumerate(sorted(cards, key=lambda c: c[0]))
-    ]
+    ordered = enumerate(sorted(cards, key=lambda card: card[0]))
+    given = [_gpu(index, card[0], card[1], card[2:], bar1_mib) for index, card in ordered]
     settings = {
         "gpus": given,
         "driver": driver,
@@ -88,9 +89,7 @@ def gpus(
     host.python(FILES / "make_gpus.py", json.dumps(settings))
 
 
-def _gpu(
-    index: int, address: str, name: str, files: Mapping[str, str] | None = None, bar1_mib: int = 256
-) -> dict:
+def _gpu(index: int, address: str, name: str, unlike: Sequence[Mapping[str, str]], bar1_mib: int) -> dict:
     model = MODELS[name]
     number = str(uuid.uuid5(uuid.NAMESPACE_OID, address))
     bus = f"0000{address.upper()}"
@@ -123,7 +122,7 @@ def _gpu(
     return {
         "address": address,
         "row": "|".join(map(str, row)),
-        "files": {**own, **(files or {})},
+        "files": {**own, **dict(*unlike)},
         "sound": sound,
     }
 
@@ -206,18 +205,15 @@ def serve_repositories(mirror: Mirror, debian_images: Mapping[str, str]) -> dict
     /nvidia/debian12/x86_64/, /nvidia/debian13/x86_64/ (key: /nvidia/key.pub), /toolkit/stable/deb/amd64/ (/toolkit/gpgkey),
     /docker/debian/ (/docker/gpg), /ubuntu/ (/ubuntu/key.pub).
     """
+    beside = Path(vendors.__file__).parent
     sources = [
-        Path(vendors.__file__),
-        Path(vendors.__file__).with_name("packages.py"),
-        *sorted(FILES.iterdir()),
+        beside / name for name in ("vendors.py", "packages.py", "files/nvidia-smi", "files/nvidia-ctk")
     ]
-    digest = hashlib.sha256(
-        b"".join(source.read_bytes() for source in sources if source.is_file())
-    ).hexdigest()
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     folder = CACHE / f"repositories-{digest[:12]}"
     with alone():
         for old in CACHE.glob("repositories-*"):
-            if old != folder and old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+            if old != folder and old.stat().st_mtime < time.time() - 86400:
                 shutil.rmtree(old)
         if not folder.exists():
             part = CACHE / "repositories-part"
@@ -228,6 +224,7 @@ def serve_repositories(mirror: Mirror, debian_images: Mapping[str, str]) -> dict
                     part, lambda release: _download(Path(scratch), release, mirror, debian_images[release])
                 )
             part.rename(folder)
+        os.utime(folder)
     for name in vendors.VENDORS:
         mirror.serve(name, folder / name)
     return json.loads((folder / "fingerprints.json").read_text())

@@ -9,6 +9,7 @@ machine. Packages are kept on disk for other sessions; what lists them (dists/) 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -45,6 +46,9 @@ class Mirror:
         self._gone = False
         self._left: int | None = None  # requests that are still answered; None: all
         _drop_old_files(self._cache)
+        for left in cache.glob("lists-*"):  # by a session that was killed
+            if left.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(left, ignore_errors=True)
         mirror = self
 
         class Handler(_Handler):
@@ -170,10 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def finish(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().finish()
-        except OSError:
-            pass
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -1,5 +1,6 @@
 """Runs on a host: print what a removal of everything has to bring back, as JSON (see tests/provision/standin/state.py)."""
 
+import errno
 import hashlib
 import json
 import os
@@ -46,11 +47,22 @@ def accounts():
     return found
 
 
+def swapped_to(path):
+    """Whether it is a device or file in use as swap: of a file the kernel then refuses to set the size."""
+    if not os.path.isfile(path):
+        return os.path.exists(path)
+    try:
+        os.truncate(path, os.path.getsize(path))
+    except OSError as error:
+        return error.errno == errno.ETXTBSY
+    return False
+
+
 def swaps():
-    """Files and devices of this host that are swapped to; /proc/swaps shows the whole machine's."""
+    """Files and devices of this host that are swapped to; /proc/swaps shows those of other hosts under the same names."""
     with open("/proc/swaps") as text:
         paths = [line.split()[0].replace("\\040", " ") for line in text.readlines()[1:]]
-    return sorted(path for path in paths if os.path.exists(path))
+    return sorted(set(filter(swapped_to, paths)))
 
 
 with open("/proc/sys/vm/swappiness") as text:
