@@ -166,7 +166,7 @@ def kernel(host: Host, release: str | None = None) -> str:
     host.put("/opt/standin/osrelease", f"{release}\n")
     host.run(
         "apt-get -qq install -y --no-install-recommends /opt/standin/debs/*.deb && rm -r /opt/standin/debs"
-        f" && ln -sfn /lib/modules/{release} /opt/standin/modules && /opt/standin/boot mounts"
+        f" && depmod {release} && ln -sfn /lib/modules/{release} /opt/standin/modules && /opt/standin/boot mounts"
     )
     return release
 
