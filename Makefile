@@ -45,7 +45,7 @@ help:
 	'  make bench            speed and memory at true shapes, against other ways (ARGS=)' \
 	'  make test             the tests' \
 	'  make test-long        those that take minutes each' \
-	'  make lint             style and types' \
+	'  make lint             style and types, of the playbook too' \
 	'  make lock             renew the locks of the Python and the Debian packages' \
 	'  make audit            known vulnerabilities of the locked packages' \
 	'  make build-check      build the image twice from nothing and compare' \
@@ -102,6 +102,7 @@ lint: ready
 	$(BIN)ruff check
 	$(BIN)ruff format --check
 	$(BIN)mypy
+	cd ansible && PATH="../$(BIN):$$PATH" ../$(BIN)ansible-lint -q
 
 lock: ready
 	$(BIN)python scripts/lock.py $(ARGS)
