@@ -6,7 +6,7 @@
 
 Either way the same files and the same exit code. In the container the checkout lies at its own path, to be read only
 but for models/, runs/, data/ and .cache/; a path outside it that an argument or the config names is mounted too.
-Standard library only.
+`run.py --image` only prints the digest of that image, or says what is missing. Standard library only.
 """
 
 import os
@@ -48,6 +48,9 @@ def main(arguments):
         if asked not in RUNTIMES:
             raise SetupError(f"RUNTIME={asked}: expected auto, docker or host")
         flavour = wanted_flavour(os.environ)
+        if arguments == ["--image"]:
+            print(usable_image(flavour))
+            return 0
         digest = None
         if asked != "host":
             try:

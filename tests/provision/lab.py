@@ -19,6 +19,7 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -286,6 +287,20 @@ class Host:
         timeout: float = 1200,
     ) -> Played:
         """Run a playbook of ansible/ against this host. Raises RuntimeError where it fails and `check` is set."""
+        with self.start_play(playbook, *options, extra=extra) as running:
+            try:
+                stdout, stderr = running.communicate(timeout=timeout)
+            except BaseException:
+                os.killpg(running.pid, signal.SIGKILL)
+                raise
+        if check and running.returncode:
+            raise RuntimeError(f"{self.name}: {playbook} ended with {running.returncode}\n{stdout}{stderr}")
+        return Played(running.returncode, stdout, stderr, *_read_output(stdout, self.name))
+
+    def start_play(
+        self, playbook: str | Path, *options: str, extra: Mapping[str, object] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start `play`, in a process group of its own, so that it can be killed with all that it started here."""
         inventory = self._scratch / "inventory"
         inventory.write_text(self.inventory())
         words = [_ansible_playbook(), "-i", str(inventory), str(playbook), *options]
@@ -297,20 +312,16 @@ class Host:
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self._scratch / "cp"),
         }
-        done = subprocess.run(
+        return subprocess.Popen(
             words,
             cwd=ROOT / "ansible",
             env={**os.environ, **settings},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
+            start_new_session=True,
         )
-        if check and done.returncode:
-            raise RuntimeError(
-                f"{self.name}: {playbook} ended with {done.returncode}\n{done.stdout}{done.stderr}"
-            )
-        return Played(done.returncode, done.stdout, done.stderr, *_read_output(done.stdout, self.name))
 
     def state(self) -> dict:
         """What must be the same before provision and after its removal; `difference` compares two of them."""

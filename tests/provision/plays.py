@@ -41,9 +41,7 @@ def provision(host: Host, *options: str, check: bool = True, **more: object) -> 
 
 
 def unprovision(host: Host, *options: str, check: bool = True) -> Played:
-    return host.play(
-        "unprovision.yml", *options, extra=settings(host.mirror, host.release), check=check
-    )
+    return host.play("unprovision.yml", *options, extra=settings(host.mirror, host.release), check=check)
 
 
 __all__ = ["CACHE", "SWAP_FOLDER", "TWO_CARDS", "provision", "settings", "unprovision"]
