@@ -3,74 +3,26 @@
 Each test begins and ends with the same packages: what the modules added is taken away again, and nothing else.
 """
 
-import importlib.util
 import io
 import json
 import os
-import secrets
-import subprocess
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
+import ansible
+from tests.provision.lab import ROOT, Host, docker
 from tests.provision.standin.packages import Package, Signer, write_flat
 
-ROOT = Path(__file__).resolve().parents[2]
-IMAGE = os.environ.get("RECIPE_HOST_IMAGE", "host:bookworm")
+RELEASE = os.environ.get("RECIPE_HOST_RELEASE", "bookworm")
 STATE = "/var/lib/qlora-70b-recipe/packages.json"
 URL = "http://127.0.0.1:8000"
 TAKE_STATE = """
 dpkg-query -W -f '${Package} ${Version} ${Status}\\n'; apt-mark showmanual; apt-mark showhold
 find /etc -type f -exec md5sum {} + | sort -k 2; ls /var/lib/apt/lists | grep 127.0.0.1 || true
 """
-
-
-class Target:
-    """A bare Debian in a container. `module` runs one of ours there as Ansible does: arguments in, one JSON out."""
-
-    def __init__(self) -> None:
-        self.name = f"recipe-packages-{secrets.token_hex(4)}"
-
-    def __enter__(self) -> "Target":
-        mounts = ["--tmpfs=/run", "--tmpfs=/run/lock", "--tmpfs=/tmp", "--volume=/var/lib/docker"]
-        docker("run", "--detach", "--privileged", f"--name={self.name}", *mounts, IMAGE)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        docker("rm", "--force", "--volumes", self.name)
-
-    def run(self, command: str, check: bool = True, input: str | None = None) -> subprocess.CompletedProcess:
-        words = ["docker", "exec", "-i", self.name, "bash", "-c", command]
-        done = subprocess.run(words, input=input or "", capture_output=True, text=True, timeout=120)
-        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done
-
-    def put(self, path: str, text: str) -> None:
-        self.run(f"install -D -m 644 /dev/stdin {path}", input=text)
-
-    def read(self, path: str) -> str:
-        return self.run(f"cat {path}").stdout
-
-
-def docker(*words: str, data: bytes | None = None) -> None:
-    done = subprocess.run(["docker", *words], input=data, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-
-
-def engine_answers() -> bool:
-    try:
-        return subprocess.run(["docker", "image", "inspect", IMAGE], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-def ansible_there() -> bool:
-    try:
-        return importlib.util.find_spec("ansible.module_utils.basic") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -96,9 +48,6 @@ def packages() -> list[Package]:
 
 def packed(folder: Path) -> bytes:
     """A tar of what the machine gets: the repository, our modules, and of Ansible what it sends with a module."""
-    assert ansible_there(), "needs ansible-core"
-    import ansible
-
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         tar.add(folder, "opt/repo")
@@ -120,20 +69,15 @@ def signer():
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory, signer):
+def machine(tmp_path_factory, signer, debian_mirror, host_images, ssh_key):
     """A Debian with a repository of its own on port 8000, and our modules."""
-    if not os.environ.get("RECIPE_REQUIRE_DOCKER"):
-        if not engine_answers():
-            pytest.skip(f"needs a Docker engine with the image {IMAGE}")
-        if not ansible_there():
-            pytest.skip("needs ansible-core")
     folder = tmp_path_factory.mktemp("packages") / "repo"
     write_flat(folder, packages(), signer, {"Origin": "lab"})
     damaged = next(folder.glob("lab-damaged_*"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     (folder / "key.asc").write_text(signer.public)
-    with Target() as target:
-        docker("cp", "-", f"{target.name}:/", data=packed(folder))
+    with Host(RELEASE, debian_mirror, ssh_key) as target:
+        docker("cp", "-", f"{target.container}:/", data=packed(folder))
         target.run(
             "chown -R root: /opt; cd /opt/repo; (python3 -m http.server 8000 >/dev/null 2>&1 &); touch /opt/began"
         )
@@ -143,7 +87,7 @@ def machine(tmp_path_factory, signer):
         )
         # Debian's 60,000 packages make each call of apt half a second slower; `debian` brings them back.
         target.run(
-            "mv /etc/apt/sources.list /opt/debian.list; rm -f /var/lib/apt/lists/*_*; "
+            "mv /etc/apt/sources.list.d/debian.sources /opt/; rm -f /var/lib/apt/lists/*_*; "
             "echo 'Acquire::Languages \"none\";' >/etc/apt/apt.conf.d/lab"
         )
         yield target
@@ -151,9 +95,9 @@ def machine(tmp_path_factory, signer):
 
 @pytest.fixture
 def debian(machine):
-    machine.run("cp /opt/debian.list /etc/apt/sources.list")
+    machine.run("cp /opt/debian.sources /etc/apt/sources.list.d/")
     yield
-    machine.run("rm -f /etc/apt/sources.list /var/lib/apt/lists/*_*")
+    machine.run("rm -f /etc/apt/sources.list.d/debian.sources /var/lib/apt/lists/*_*")
 
 
 @pytest.fixture
@@ -384,11 +328,9 @@ def test_a_lock_is_waited_for_and_then_named(machine, call, source):
 @pytest.mark.parametrize("killed", ["apt-get", "dpkg apt-get"])
 def test_killed_while_dpkg_unpacks_and_completed_by_the_next(machine, call, source, killed):
     machine.run("rm /tmp/fast")
-    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {"name": ["lab-slow"]}})
-    start = (
-        "PYTHONPATH=/opt/lab setsid python3 /opt/lab/library/packages.py >/dev/null 2>&1 <<<'%s' & echo $!"
-    )
-    module = machine.run(start % arguments).stdout.strip()
+    machine.put("/tmp/arguments", json.dumps({"ANSIBLE_MODULE_ARGS": {"name": ["lab-slow"]}}))
+    start = "PYTHONPATH=/opt/lab setsid python3 /opt/lab/library/packages.py >/dev/null 2>&1 </tmp/arguments & echo $!"
+    module = machine.run(start).stdout.strip()
     machine.run("for i in $(seq 300); do [ ! -e /tmp/unpacking ] || exit 0; sleep 0.1; done; exit 1")
     machine.run(
         f"kill -9 {module}; for name in {killed}; do for p in /proc/[0-9]*; do "
