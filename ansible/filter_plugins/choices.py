@@ -111,7 +111,7 @@ def choose_driver(machine: dict, settings: dict) -> dict:
         "modules": modules,
         "dkms": not prebuilt,
         "packages": packages,
-        "headers": [] if prebuilt else header_packages(machine),
+        "headers": [] if prebuilt or not settings["driver_headers"] else header_packages(machine),
         # Another branch's packages give way; those of a runfile are refused before.
         "replaces": [
             "nvidia-*",

@@ -18,6 +18,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 # Ansible loads this file by its path, so Python does not know the folder that judging/ lies in.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -63,6 +64,17 @@ def unreachable(results: list[dict]) -> list[dict]:
     ]
 
 
+def apt_proxy(settings: list[str], url: str) -> dict[str, str]:
+    """The environment in which `uri` asks a mirror as apt does; {} where apt's settings (NAME=VALUE) have no HTTP proxy."""
+    values = {name.lower(): value for name, _, value in (line.partition("=") for line in settings)}
+    parts = urlsplit(url)
+    general = f"acquire::{parts.scheme}::proxy"
+    proxy = values.get(f"{general}::{parts.hostname}") or values.get(general, "")
+    if not proxy.startswith("http"):  # DIRECT, or SOCKS, which Python does not speak
+        return {}
+    return {f"{parts.scheme}_proxy": proxy, "no_proxy": ""}
+
+
 def verdict_table(rows: list[Row]) -> str:
     """A line per check, what was expected and what to do below it where something is wrong; at most 100 columns."""
     name_width = max([len(row["check"]) for row in rows], default=0)
@@ -106,6 +118,7 @@ class FilterModule:
             "verdicts": verdicts,
             "excused": excused,
             "unreachable": unreachable,
+            "apt_proxy": apt_proxy,
             "verdict_table": verdict_table,
             "failed": failed,
         }

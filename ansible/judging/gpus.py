@@ -190,7 +190,9 @@ def driver_sources(case: Case) -> Row | None:
 def driver_modules(case: Case) -> Row | None:
     """Open or proprietary, against what the cards can be driven by."""
     modules = case.chosen("driver").get("modules")
-    if case.without_gpu or not case.new_driver or modules not in ("open", "proprietary"):
+    if case.without_gpu or not case.usable_gpus or not case.new_driver:
+        return None
+    if modules not in ("open", "proprietary"):
         return None
     verdict = {"open": "impossible", "proprietary": "needed"}[modules]
     wrong = [g for g in case.usable_gpus if g.get("open_modules") == verdict]
@@ -208,20 +210,19 @@ def secure_boot(case: Case) -> Row | None:
     if not case.builds_modules or case.without_gpu:
         return row("secure boot", "ok", "on; no module is built here")
     found = "on, and the driver's modules will be built here"
+    # DKMS makes the key when it builds its first module, so it cannot be enrolled before.
+    key = "/var/lib/shim-signed/mok/MOK.der" if case.release_id == "ubuntu" else "/var/lib/dkms/mok.pub"
+    enrol = (
+        f"once they are built, `sudo mokutil --import {key}` asks for a new password, and at the next boot a blue "
+        "screen asks: Enroll MOK, Continue, Yes, that password, Reboot"
+    )
     if yes(case.settings.get("mok")):
-        remedy = (
-            "at the next boot a blue screen asks: Enroll MOK, Continue, Yes, the password, Reboot; "
-            "until then the driver does not load"
-        )
+        remedy = f"it goes on: {enrol}; until then the driver does not load"
         return row("secure boot", "warn", found, "off, or their key enrolled", remedy)
     ubuntu = (
         "; or Ubuntu's signed modules: `-e driver_source=distribution`" if case.release_id == "ubuntu" else ""
     )
-    remedy = (
-        "`-e mok=true` if you sit at the machine: the key is put up with `mokutil --import`, and at the next boot a blue "
-        "screen asks: Enroll MOK, Continue, Yes, the password, Reboot"
-        f"{ubuntu}; or switch Secure Boot off in the BIOS"
-    )
+    remedy = f"`-e checks_mok=true` if you sit at the machine: {enrol}{ubuntu}; or switch Secure Boot off in the BIOS"
     return row("secure boot", "fail", found, "off, or their key enrolled", remedy)
 
 
@@ -258,7 +259,7 @@ def desktop(case: Case) -> Row | None:
     )
     remedy = (
         "it goes on: plug the monitor into the mainboard, or `sudo systemctl set-default multi-user.target`; "
-        "`-e allow_desktop=true` says that it is known"
+        "`-e checks_allow_desktop=true` says that it is known"
     )
     return row("desktop", "warn", found, "no desktop on a card that trains", remedy)
 

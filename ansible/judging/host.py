@@ -14,6 +14,8 @@ SUPPORTED = {
 THIN_MARGIN = 0.2
 OLDEST_DOCKER = 25
 SLOW_KINDS = {"hdd": "a hard disk", "network": "a network file system"}
+# Variables of the roles that say where something large lies.
+FOLDER_SETTINGS = ("models_folder", "runs_folder", "memory_swap_folder")
 NO_SWAP_FILE = ("zfs", "overlay", "tmpfs", "nfs", "fuse", "9p", "virtiofs")
 
 
@@ -42,10 +44,10 @@ def kernel(case: Case) -> Row:
     image = "linux-image-amd64" if case.release_id == "debian" else "linux-generic"
     return row(
         "kernel",
-        "warn",
+        "fail",
         f"{found}, which no package brought, and its headers are not there: the driver cannot be built for it",
         "a kernel of the distribution",
-        f"`sudo apt install {image}` and reboot into it, or put the kernel's headers into /lib/modules/{found}/build",
+        f"`sudo apt install {image}` and reboot into it, or put the kernel's headers into /lib/modules/{found}/build (then `-e driver_headers=false`)",
     )
 
 
@@ -113,6 +115,9 @@ def swap(case: Case) -> Row:
     if kind == "zram":
         return row("swap", "ok", f"{found}, zram of {gib:g} GiB to come")
     folder = choice.get("folder", "")
+    for made in case.machine.get("swaps") or []:
+        if made["path"].startswith(f"{folder.rstrip('/')}/recipe"):
+            return row("swap", "ok", f"{found}, {made['size_gib']:g} GiB of it the recipe's file in {folder}")
     disk = case.disk(folder)
     found += f", a file of {gib:g} GiB to come in {folder}"
     if str(disk.get("filesystem", "")).startswith(NO_SWAP_FILE):
@@ -233,12 +238,25 @@ def _disk_row(case: Case, folders: list[str]) -> Row:
         found += f", which is RAM ({place.get('filesystem')})"
         return row("disk", "fail", found, f"{expected}, on a disk", f"another folder than {names}")
     if free < needed:
-        remedy = "free some, or put models_folder, runs_folder or Docker's data on a larger disk"
-        return row("disk", "fail", found, expected, remedy)
+        return row("disk", "fail", found, expected, _more_room(case, folders))
     if kind in SLOW_KINDS:
         remedy = "it goes on: a 70B model takes minutes to load from there; from an NVMe disk, less than one"
         return row("disk", "warn", f"{found}, {SLOW_KINDS[kind]}", f"{expected}, on an SSD", remedy)
     return row("disk", "ok", f"{found}, {needed:.1f} needed for {names}")
+
+
+def _more_room(case: Case, folders: list[str]) -> str:
+    """What helps where these folders have too little: the variables that name others."""
+    movable = [name for name in FOLDER_SETTINGS if case.settings.get(name) in folders]
+    words = ["free some"]
+    if movable:
+        options = ", ".join(f"`-e {name}=`" for name in movable)
+        words.append(f"name a folder on a larger disk ({options})")
+    if "memory_swap_folder" in movable:
+        words.append("take less swap (`-e memory_swap_gib=`, `-e memory_swap=none`)")
+    if case.settings.get("docker_data") in folders:
+        words.append("move Docker's data (`data-root` in /etc/docker/daemon.json, and `-e docker_data=`)")
+    return ", or ".join(words)
 
 
 SYSTEM: list[Check] = [release, architecture, wsl2, systemd, kernel, reboot]

@@ -25,7 +25,7 @@ RELEASES = {
     "ubuntu 24.04": {"id": "ubuntu", "version": "24.04", "codename": "noble", "name": "Ubuntu 24.04"},
 }
 SETTINGS = {
-    "driver_branch": 580, "driver_source": "auto", "driver_modules": "auto", "driver_nvidia_key_url": "https://nvidia/key",
+    "driver_branch": 580, "driver_source": "auto", "driver_modules": "auto", "driver_headers": True, "driver_nvidia_key_url": "https://nvidia/key",
     "docker_source": "auto", "docker_data": "/var/lib/docker", "docker_key_url": "https://docker/gpg",
     "container_toolkit_mode": "auto", "container_toolkit_key_url": "https://toolkit/gpgkey",
     "memory_swap": "auto", "memory_swap_gib": "auto", "memory_swap_folder": "/var",
@@ -211,6 +211,10 @@ def test_only_what_will_be_fetched_has_to_be_reached():
 )
 def test_ubuntus_metapackages_follow_the_kernel(kernel, flavour):
     assert choices.ubuntu_kernel(machine("ubuntu 24.04", kernel=kernel)) == flavour
+
+
+def test_headers_may_be_the_users():
+    assert choose(settings={"driver_headers": False})["driver"]["headers"] == []
 
 
 def test_debians_cloud_kernel_gets_its_own_headers():

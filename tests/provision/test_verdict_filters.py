@@ -122,6 +122,27 @@ def test_unreachable_places_become_rows_of_the_table():
     ]
 
 
+def test_a_mirror_is_asked_through_apts_own_proxy():
+    url = "http://deb.debian.org/debian"
+    general, own = (
+        "Acquire::http::Proxy=http://cache:3142",
+        "acquire::HTTP::proxy::deb.debian.org=http://own:1/",
+    )
+    proxy = FILTERS["apt_proxy"]
+    assert proxy([general], url) == {"http_proxy": "http://cache:3142", "no_proxy": ""}
+    assert proxy([general, own, "Acquire::http::Proxy::=x"], url)["http_proxy"] == "http://own:1/"
+    assert proxy([general], "https://deb.debian.org/debian") == {}
+    assert proxy([general, "Acquire::http::Proxy::deb.debian.org=DIRECT"], url) == {}
+    for none in (
+        [],
+        [""],
+        ["Acquire::http::Proxy="],
+        ["Acquire::http::Proxy=socks5h://a:1"],
+        ["Acquire::http="],
+    ):
+        assert proxy(none, url) == {}
+
+
 def test_ansible_finds_the_filters(tmp_path):
     """It loads them by their path; that judging/ can be imported is up to them."""
     filters = "{{ {} | verdicts | excused(['gpu']) | verdict_table }}{{ {} | verdicts | failed }}{{ [] | unreachable }}"

@@ -102,15 +102,13 @@ def test_iommu():
 def test_secure_boot():
     on = {"secure_boot": "on"}
     status, words = one("secure boot", on)
-    assert (
-        status == "fail"
-        and "mokutil --import" in words
-        and "Enroll MOK" in words
-        and "Ubuntu's signed" in words
-    )
+    assert status == "fail" and "`-e checks_mok=true`" in words and "Ubuntu's signed" in words
+    assert "`sudo mokutil --import /var/lib/shim-signed/mok/MOK.der`" in words and "Enroll MOK" in words
     debian = on | {"release.id": "debian", "release.version": "13"}
-    assert "Ubuntu" not in one("secure boot", debian)[1]
-    assert one("secure boot", on, settings={"mok": "true"})[0] == "warn"
+    status, words = one("secure boot", debian)
+    assert "Ubuntu" not in words and "`sudo mokutil --import /var/lib/dkms/mok.pub`" in words
+    status, words = one("secure boot", debian, settings={"mok": "true"})
+    assert status == "warn" and "it goes on: once they are built, `sudo mokutil --import" in words
     for signed in ({"driver.source": "installed"}, {"driver.signed": True}, {"driver.dkms": False}):
         assert one("secure boot", on, signed)[0] == "ok"
     assert one("secure boot")[1].startswith("off") and "EFI" in one("secure boot", {"secure_boot": "none"})[1]
@@ -175,6 +173,7 @@ def test_kernel_modules():
     )
     assert status == "fail" and "`-e driver_modules=open`" in words
     assert one("kernel modules", {"gpus.0.open_modules": "impossible"})[0] == "fail"
+    assert "kernel modules" not in rows({"gpus": []})
 
 
 def test_nouveau():
@@ -193,6 +192,7 @@ def test_desktop():
         status == "warn"
         and "gdm3 draws on NVIDIA GeForce RTX 3090 at 0000:01:00.0" in words
         and "0.3 to 1 GiB" in words
+        and "`-e checks_allow_desktop=true`" in words
     )
     assert one("desktop", on, settings={"allow_desktop": True})[0] == "ok"
     assert one("desktop", on | {"gpus.0.boot_vga": False})[0] == "ok"

@@ -74,7 +74,7 @@ def test_one_thing_found_decides(check, machine, status, words):
 def test_a_kernel_that_no_package_brought():
     own = {"kernel_package": None, "headers_for_kernel": False, "kernel": "6.18.1-own"}
     status, words = one("kernel", own)
-    assert status == "warn" and "`sudo apt install linux-generic`" in words and "6.18.1-own" in words
+    assert status == "fail" and "`sudo apt install linux-generic`" in words and "6.18.1-own" in words
     assert one("kernel", own | {"headers_for_kernel": True})[0] == "ok"
     assert one("kernel", own, {"driver.source": "installed"})[0] == "ok"
 
@@ -119,6 +119,8 @@ def test_swap():
     assert one("swap", {"disks./srv/models.filesystem": "zfs"})[0] == "fail"
     assert one("swap", {"disks./srv/models.kind": "hdd"})[0] == "warn"
     assert "zram of 8 GiB" in one("swap", {}, {"swap": {"kind": "zram", "gib": 8}})[1]
+    made = {"swaps": [{"path": "/srv/models/recipe.swap", "type": "file", "size_gib": 8.0}], "swap_gib": 10.0}
+    assert one("swap", made)[1].startswith("10.0 GiB there, 8 GiB of it the recipe's file in /srv/models;")
     none = {"swap": {"kind": "none", "gib": 0}}
     assert one("swap", {}, none)[0] == "ok"
     assert one("swap", {"ram_gib": 15.5, "swap_gib": 0}, none)[0] == "warn"
@@ -128,6 +130,15 @@ def test_disk():
     assert one("disk")[1].startswith("800.0 GiB free on /, 180.0 needed for /srv/models and /srv/runs")
     status, words = one("disk", {"disks./srv/models.free_gib": 175})
     assert status == "fail" and "175.0 GiB free on /; 180.0 GiB for /srv/models and /srv/runs" in words
+    assert words.endswith("; free some")  # nobody knows which variable named these
+    named = {"models_folder": "/srv/models", "runs_folder": "/srv/runs", "docker_data": "/elsewhere"}
+    full = {"disks./srv/models.free_gib": 175}
+    assert one("disk", full, settings=named)[1].endswith(
+        "free some, or name a folder on a larger disk (`-e models_folder=`, `-e runs_folder=`)"
+    )
+    swap = {"memory_swap_folder": "/srv/models", "docker_data": "/srv/runs"}
+    words = one("disk", full, settings=swap)[1]
+    assert "`-e memory_swap_gib=`" in words and "`data-root`" in words and "models_folder" not in words
     apart = {"disks./srv/runs.mount": "/srv", "disks./srv/runs.free_gib": 5}
     assert "5.0 GiB free on /srv; 10.0 GiB for /srv/runs" in one("disk", apart)[1]
     status, words = one("disk", {"disks./srv/models.kind": "hdd"}, {"disk": {"/srv/models": 170}})
