@@ -17,19 +17,6 @@ from ansible.module_utils.basic import AnsibleModule  # noqa: E402
 from ansible.module_utils.machine_host import STATE_FILE, inspect  # noqa: E402
 from ansible.module_utils.machine_reading import ProgramError  # noqa: E402
 
-DOCUMENTATION; the work is in module_utils/machine_host.py."""
-
-from __future__ import annotations
-
-import platform
-import sys
-from pathlib import Path
-
-from ansible.module_utils.basic import AnsibleModule
-
-from ansible.module_utils.machine_host import STATE_FILE, inspect
-from ansible.module_utils.machine_reading import ProgramError
-
 DOCUMENTATION = r"""
 module: machine
 short_description: What a bare Debian or Ubuntu host has
@@ -78,10 +65,6 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    if sys.version_info < (3, 10):
-        module.fail_json(
-            msg=f"Python here is {platform.python_version()}, expected 3.10 or newer: Debian 12 or Ubuntu 22.04 on"
-        )
     folders = module.params["folders"]
     relative = [folder for folder in folders if not folder.startswith("/")]
     if relative:
