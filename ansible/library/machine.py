@@ -12,10 +12,10 @@ if sys.version_info < (3, 10):  # what follows could not even be read
     print(json.dumps({"failed": True, "msg": old}))
     sys.exit(1)
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
 
-from ansible.module_utils.machine_host import STATE_FILE, inspect  # noqa: E402
-from ansible.module_utils.machine_reading import ProgramError  # noqa: E402
+from ansible.module_utils.machine_host import STATE_FILE, inspect
+from ansible.module_utils.machine_reading import ProgramError
 
 DOCUMENTATION = r"""
 module: machine
