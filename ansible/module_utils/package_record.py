@@ -101,13 +101,14 @@ class Job:
             self.call(["apt-mark", "hold", *names], names)
 
 
-def allow(job: Job, plan: Plan, names: Iterable[str]) -> list[str]:
+def allow(job: Job, plan: Plan, names: Iterable[str], removable: Iterable[str] = ()) -> list[str]:
     """Refuses what we must not do to the machine. Returns the options that the rest of the plan needs."""
     names = list(names)
     unwanted = [
         name
         for name in plan.gone
-        if not any(fnmatchcase(name.split(":")[0], pattern) for pattern in job.replaces)
+        if name not in removable
+        and not any(fnmatchcase(name.split(":")[0], pattern) for pattern in job.replaces)
     ]
     if unwanted:
         expected = f"nothing but {listed(job.replaces)}" if job.replaces else "nothing"
@@ -196,7 +197,9 @@ def settle(job: Job) -> None:
     repair, about = ["--no-install-recommends", "-f", "install"], ["the repair of what is half installed"]
     plan = simulate(repair, about)
     if plan:
-        transaction(job, [*INSTALL, *allow(job, plan, about), *repair], plan, [])
+        # What of ours is half removed, by a removal that was cut off, apt removes wholly.
+        flags = allow(job, plan, about, removable=job.record.added)
+        transaction(job, [*INSTALL, *flags, *repair], plan, [])
     elif job.record.pending:
         holds = job.record.pending["holds"]
         note(job)

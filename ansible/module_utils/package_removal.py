@@ -29,7 +29,12 @@ def take_away(job: Job, names: list[str] | None) -> tuple[list[str], list[str]]:
     ours = [name for name in wanted if name in packages and packages[name].status != "n"]
     kept, plan = choose(ours, packages, job.record)
     if not job.check:
-        purge(job, [name for name in ours if name not in kept], packages)
+        going = [name for name in ours if name not in kept]
+        # apt forgets what it took for automatic before dpkg begins. Were we killed then, all of it would look like what
+        # somebody has asked for.
+        job.record.manual += [name for name in going if name not in job.record.manual]
+        job.save()
+        purge(job, going, packages)
         if names is None:
             forget_all(job, kept)
         else:

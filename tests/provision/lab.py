@@ -210,14 +210,15 @@ class Host:
         docker("rm", "--force", "--volumes", self.container, check=False)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def reboot(self) -> None:
+    def reboot(self, degraded: bool = False) -> None:
         """Restart the host. What `standins` put into it is there again, with the driver that would then be loaded.
 
-        `reboot` in the host does the same, if later: the container's engine starts it again.
+        `reboot` in the host does the same, if later: the container's engine starts it again. With `degraded`, services
+        may fail to start.
         """
         self._give_back()
         docker("restart", "--time", "30", self.container)
-        self._wait()
+        self._wait(degraded)
 
     def _give_back(self) -> None:
         """End what would outlive the container, for the kernel is the machine's: swap and loop devices."""
@@ -327,17 +328,20 @@ class Host:
         """What must be the same before provision and after its removal; `difference` compares two of them."""
         return json.loads(self.python(FILES / "take_state.py"))
 
-    def _wait(self) -> None:
-        """Until systemd has started everything and ssh answers. Raises RuntimeError where it does not."""
+    def _wait(self, degraded: bool = False) -> None:
+        """Until systemd has started everything and ssh answers. Raises RuntimeError where it does not.
+
+        With `degraded`, some of it may have failed.
+        """
         self.address = docker("inspect", "--format", "{{.NetworkSettings.IPAddress}}", self.container)
         end = time.monotonic() + START_SECONDS
         state = ""
         while time.monotonic() < end:
             done = self.run("systemctl is-system-running --wait", check=False, timeout=START_SECONDS)
             state = done.stdout.strip()
-            if state == "degraded":
+            if state == "degraded" and not degraded:
                 break
-            if state == "running" and _ssh_answers(self.address):
+            if state in ("running", "degraded") and _ssh_answers(self.address):
                 return
             time.sleep(0.1)
         failed = self.run("systemctl --no-pager --failed", check=False).stdout

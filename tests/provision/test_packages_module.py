@@ -31,6 +31,7 @@ find /etc -type f -exec md5sum {} + | sort -k 2; ls /var/lib/apt/lists | grep 12
 def packages() -> list[Package]:
     conf = "/etc/lab-tool.conf"
     slow = "#!/bin/sh\nuntil [ -e /tmp/fast ]; do touch /tmp/unpacking; sleep 0.1; done\n"
+    lasts = "#!/bin/sh\n[ ! -e /tmp/lasts ] || { touch /tmp/removing; sleep 60; }\n"
     fails = "#!/bin/sh\n[ ! -e /tmp/fails ] || { echo building the module; echo 'Error! no headers' >&2; exit 7; }\n"
     return [
         Package("lab-lib", "1.0", {"Provides": "lab-virtual"}),
@@ -38,6 +39,8 @@ def packages() -> list[Package]:
         Package("lab-tool", "2.0", {"Depends": "lab-lib"}, {conf: "2\n"}, conffiles=(conf,)),
         Package("lab-foe", "1.0", {"Conflicts": "lab-lib"}),
         Package("lab-slow", "1.0", {"Depends": "lab-lib"}, scripts={"preinst": slow}),
+        Package("lab-lasts-prerm", "1.0", {"Depends": "lab-lib"}, scripts={"prerm": lasts}),
+        Package("lab-lasts-postrm", "1.0", {"Depends": "lab-lib"}, scripts={"postrm": lasts}),
         Package("lab-fails", "1.0", {"Depends": "lab-lib"}, scripts={"postinst": fails}),
         Package("lab-broken", "1.0", {"Depends": "lab-missing (>= 2)"}),
         Package("lab-damaged", "1.0"),
@@ -325,17 +328,22 @@ def test_a_lock_is_waited_for_and_then_named(machine, call, source):
     assert call("packages", name=["lab-tool"], lock_seconds=30)["changed"]
 
 
+def kill_while(machine, programs: str, sign: str, **arguments) -> None:
+    """Start `packages`, and kill it and these programs once a package's script has made the file `sign`."""
+    machine.put("/tmp/arguments", json.dumps({"ANSIBLE_MODULE_ARGS": arguments}))
+    start = "PYTHONPATH=/opt/lab setsid python3 /opt/lab/library/packages.py >/dev/null 2>&1 </tmp/arguments & echo $!"
+    module = machine.run(start).stdout.strip()
+    machine.run(f"for i in $(seq 300); do [ ! -e {sign} ] || exit 0; sleep 0.1; done; exit 1")
+    machine.run(
+        f"kill -9 {module}; for name in {programs}; do for p in /proc/[0-9]*; do "
+        '[ "$(cat $p/comm 2>/dev/null)" != $name ] || kill -9 ${p#/proc/}; done; done'
+    )
+
+
 @pytest.mark.parametrize("killed", ["apt-get", "dpkg apt-get"])
 def test_killed_while_dpkg_unpacks_and_completed_by_the_next(machine, call, source, killed):
     machine.run("rm /tmp/fast")
-    machine.put("/tmp/arguments", json.dumps({"ANSIBLE_MODULE_ARGS": {"name": ["lab-slow"]}}))
-    start = "PYTHONPATH=/opt/lab setsid python3 /opt/lab/library/packages.py >/dev/null 2>&1 </tmp/arguments & echo $!"
-    module = machine.run(start).stdout.strip()
-    machine.run("for i in $(seq 300); do [ ! -e /tmp/unpacking ] || exit 0; sleep 0.1; done; exit 1")
-    machine.run(
-        f"kill -9 {module}; for name in {killed}; do for p in /proc/[0-9]*; do "
-        '[ "$(cat $p/comm 2>/dev/null)" != $name ] || kill -9 ${p#/proc/}; done; done'
-    )
+    kill_while(machine, killed, "/tmp/unpacking", name=["lab-slow"])
     assert record(machine)["pending"]["requested"] == ["lab-slow"] and record(machine)["added"] == []
     assert "lab-slow" in machine.run("dpkg --audit").stdout
     assert call("packages", name=["lab-slow"], check=True)["changed"]
@@ -345,6 +353,23 @@ def test_killed_while_dpkg_unpacks_and_completed_by_the_next(machine, call, sour
     assert machine.run("apt-get check; dpkg --audit").stdout.count("lab-") == 0
     assert set(record(machine)["added"]) == {"lab-slow", "lab-lib"} and record(machine)["pending"] is None
     assert call("packages", name=["lab-slow"])["changed"] is False
+
+
+@pytest.mark.parametrize("script", ["prerm", "postrm"])  # half configured, and half installed
+def test_killed_while_dpkg_removes_and_completed_by_the_next(machine, call, source, script):
+    name = f"lab-lasts-{script}"
+    call("packages", name=[name])
+    for state in ("present", "purge_added"):
+        machine.run("touch /tmp/lasts")
+        kill_while(machine, "apt-get dpkg sleep", "/tmp/removing", state="purge_added")
+        machine.run("rm /tmp/lasts /tmp/removing")
+        assert name in machine.run("dpkg --audit").stdout
+        if state == "purge_added":  # as in unprovision.yml, it can be had no more
+            machine.run("rm /etc/apt/sources.list.d/recipe-lab.sources; apt-get -qq update")
+        done = call("packages", name=[name] if state == "present" else [], state=state)
+        assert done.get("kept") == [] and not machine.run("dpkg --audit").stdout, done
+        there = machine.run("dpkg-query -W 'lab-*'", check=False).stdout
+        assert there.count("1.0") == (2 if state == "present" else 0)
 
 
 # --- apt_source -----------------------------------------------------------------------------------------------------
