@@ -136,6 +136,9 @@ def test_swap_files_of_xfs_and_btrfs_and_one_that_moves(host, folder):
         make_filesystem(machine, kind, f"{folder}-{kind}")
     machine.run("apt-get -qq purge -y xfsprogs btrfs-progs")  # which the role does not need
 
+    # A play that was stopped at the worst moment: a file in use cannot be replaced.
+    part = f"{folder}-xfs/recipe.swap.part"
+    machine.run(f"fallocate -l 20M {part} && chmod 600 {part} && mkswap {part} && swapon {part}")
     provision(machine, *ONLY, memory_swap_folder=f"{folder}-xfs", memory_earlyoom=False)
     assert machine.run(f"stat -f -c %T {folder}-xfs").stdout == "xfs\n"
     assert swapped_mib(machine, f"{folder}-xfs/recipe.swap") == pytest.approx(256, abs=0.1)
