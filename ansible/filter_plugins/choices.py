@@ -149,7 +149,7 @@ def distribution_driver(machine: dict) -> int:
         if is_ubuntu(machine)
         or not candidate
         or machine["driver"].get("foreign_sources")
-        or ours_of(machine, "driver") == "nvidia"
+        or "nvidia" in machine["ours"]["sources"]
         else major(candidate)
     )
 
@@ -378,6 +378,12 @@ def ours_of(machine: dict, what: str) -> str:
             for name in packages
         ):
             return ""
+        # Names that only a distribution has: with host_cuda, NVIDIA's repository is there beside its driver.
+        if any(
+            re.match(r"nvidia-headless|linux-modules-nvidia|nvidia-open-kernel-dkms", name)
+            for name in packages
+        ):
+            return "distribution"
         return "nvidia" if "nvidia" in sources else "distribution"
     if not any(name in packages for name in ("docker.io", "docker-ce")):
         return ""

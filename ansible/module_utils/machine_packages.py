@@ -217,7 +217,11 @@ def ours(root: Path, state_file: str) -> dict:
     """What this playbook has brought in earlier runs: {sources: names of its apt sources, packages: names}."""
     files = inside(root, "/etc/apt/sources.list.d").glob(f"{OURS}*.sources")
     try:
-        packages = sorted(json.loads(read(inside(root, state_file)) or "{}").get("added", []))
+        record = json.loads(read(inside(root, state_file)) or "{}")
+        pending = record.get("pending") or {}  # of a play that was killed, which the next one completes
+        packages = sorted(
+            {*record.get("added", []), *pending.get("planned", [])} - {*pending.get("before", [])}
+        )
     except (ValueError, AttributeError, TypeError):  # a broken record: the module `packages` says so
         packages = []
     return {"sources": sorted(file.stem.removeprefix(OURS) for file in files), "packages": packages}

@@ -10,7 +10,6 @@ compiled (pci_resize_resource has another argument; seen on 2026-11-25).
 import pytest
 
 from tests.provision import standins
-from tests.provision.conftest import debian_mirror, host, host_images, mirror, ssh_key  # noqa: F401
 from tests.provision.lab import difference
 from tests.provision.plays import TWO_CARDS, provision, unprovision
 
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.provision, pytest.mark.slow]
 BRANCH, PACKAGE, OLD_KERNEL = 535, "nvidia-open-kernel-dkms", "6.1.0-47-amd64"
 
 
-def test_debians_driver_is_installed_and_built(host):  # noqa: F811
+def test_debians_driver_is_installed_and_built(host):
     machine = host("bookworm")
     kernel = standins.kernel(machine, OLD_KERNEL)
     standins.gpus(machine, TWO_CARDS)

@@ -8,14 +8,13 @@ import time
 import pytest
 
 from tests.provision import standins
-from tests.provision.conftest import debian_mirror, host, host_images, mirror, ssh_key  # noqa: F401
 from tests.provision.plays import TWO_CARDS, provision
 
 pytestmark = [pytest.mark.docker, pytest.mark.provision, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])
-def test_a_bare_host_ends_with_preflights_table(host, release):  # noqa: F811
+def test_a_bare_host_ends_with_preflights_table(host, release):
     machine = host(release)
     standins.kernel(machine)
     standins.gpus(machine, TWO_CARDS)

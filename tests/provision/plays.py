@@ -2,7 +2,7 @@
 
 import json
 
-from tests.provision.lab import CACHE, Host, Played
+from tests.provision.lab import Host, Played
 from tests.provision.standin.mirror import Mirror
 
 TWO_CARDS = [("0000:01:00.0", "RTX 3090"), ("0000:02:00.0", "RTX 3090")]
@@ -44,4 +44,17 @@ def unprovision(host: Host, *options: str, check: bool = True) -> Played:
     return host.play("unprovision.yml", *options, extra=settings(host.mirror, host.release), check=check)
 
 
-__all__ = ["CACHE", "SWAP_FOLDER", "TWO_CARDS", "provision", "settings", "unprovision"]
+def add_vendor(host: Host, name: str, place: str, key: str, suites: str = "/") -> None:
+    """A vendor's repository, with its key, in apt's sources."""
+    address, keyring = host.mirror.address, f"/etc/apt/keyrings/{name}.asc"
+    host.put(keyring, (host.mirror.folders[name] / key).read_text())
+    host.put(
+        f"/etc/apt/sources.list.d/{name}.sources",
+        f"Types: deb\nURIs: {address}/{name}/{place}\nSuites: {suites}\nSigned-By: {keyring}\n",
+    )
+
+
+def install(host: Host, *packages: str) -> None:
+    host.run(
+        f"DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends {' '.join(packages)}"
+    )

@@ -213,6 +213,19 @@ def test_ubuntus_metapackages_follow_the_kernel(kernel, flavour):
     assert choices.ubuntu_kernel(machine("ubuntu 24.04", kernel=kernel)) == flavour
 
 
+def test_a_run_that_was_cut_off_is_gone_on_with_from_where_it_came():
+    """NVIDIA's repository is there, its driver only half: Debian has no such branch all the same."""
+    ours = {"sources": ["nvidia"], "packages": []}
+    found = choose(ours=ours, candidates={"nvidia-kernel-dkms": "580.95"})["driver"]
+    assert found["source"] == "nvidia"
+
+
+def test_nvidias_repository_beside_the_distributions_driver():
+    """With host_cuda it is there for the toolkit."""
+    ours = {"sources": ["nvidia"], "packages": ["nvidia-headless-580-server-open"]}
+    assert choose("ubuntu 24.04", ours=ours)["driver"]["source"] == "distribution"
+
+
 def test_headers_may_be_the_users():
     assert choose(settings={"driver_headers": False})["driver"]["headers"] == []
 

@@ -7,9 +7,8 @@ import pytest
 
 from tests.provision import standins
 from tests.provision.lab import Host, Played, difference, docker
-from tests.provision.plays import TWO_CARDS, provision
+from tests.provision.plays import TWO_CARDS, add_vendor, install, provision
 from tests.provision.standin.packages import Package
-from tests.provision.test_lab import add_vendor, install
 
 pytestmark = [pytest.mark.docker, pytest.mark.provision, pytest.mark.slow]
 

@@ -35,8 +35,8 @@ def swapped_mib(host, file):
     return next((int(words[2]) / 1024 for words in lines if words[0] == file), None)
 
 
-def make_filesystem(host, kind, folder, mib=400):
-    """Mount a new file system in a folder, at each start of the host. (xfs wants 300 MiB.)"""
+def make_filesystem(host, kind, folder, mib=1500):
+    """Mount a new file system in a folder, at each start of the host."""
     image = f"{SWAP_FOLDER}/{kind}.img"
     host.run(
         f"truncate -s {mib}M {image} && mkfs.{kind} -q {image} && mkdir -p {folder}"
@@ -136,12 +136,13 @@ def test_swap_files_of_xfs_and_btrfs_and_one_that_moves(host, folder):
         make_filesystem(machine, kind, f"{folder}-{kind}")
     machine.run("apt-get -qq purge -y xfsprogs btrfs-progs")  # which the role does not need
 
-    # A play that was stopped at the worst moment: a file in use cannot be replaced.
+    # After a play that was stopped at the worst moment: a file in use cannot be replaced.
     part = f"{folder}-xfs/recipe.swap.part"
     machine.run(f"fallocate -l 20M {part} && chmod 600 {part} && mkswap {part} && swapon {part}")
-    provision(machine, *ONLY, memory_swap_folder=f"{folder}-xfs", memory_earlyoom=False)
+    provision(machine, *ONLY, memory_swap_folder=f"{folder}-xfs", memory_swap_gib=1, memory_earlyoom=False)
     assert machine.run(f"stat -f -c %T {folder}-xfs").stdout == "xfs\n"
-    assert swapped_mib(machine, f"{folder}-xfs/recipe.swap") == pytest.approx(256, abs=0.1)
+    assert swapped_mib(machine, f"{folder}-xfs/recipe.swap") == pytest.approx(1024, abs=0.1)
+    assert swapped_mib(machine, part) is None
 
     provision(machine, *ONLY, memory_swap_folder=f"{folder}-btrfs", memory_earlyoom=False)
     assert machine.run(f"stat -f -c %T {folder}-btrfs").stdout == "btrfs\n"

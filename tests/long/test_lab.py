@@ -5,7 +5,8 @@ import time
 import pytest
 
 from tests.provision import standins
-from tests.provision.lab import RELEASES, Host, difference
+from tests.provision.lab import RELEASES, difference
+from tests.provision.plays import add_vendor, install
 from tests.provision.standin import vendors
 
 pytestmark = [pytest.mark.docker, pytest.mark.provision, pytest.mark.slow]
@@ -24,22 +25,6 @@ PLAYBOOK = """
       command: cat /etc/made
       changed_when: false
 """
-
-
-def add_vendor(host: Host, name: str, place: str, key: str, suites: str = "/") -> None:
-    """A vendor's repository, with its key, in apt's sources."""
-    address, keyring = host.mirror.address, f"/etc/apt/keyrings/{name}.asc"
-    host.put(keyring, (host.mirror.folders[name] / key).read_text())
-    host.put(
-        f"/etc/apt/sources.list.d/{name}.sources",
-        f"Types: deb\nURIs: {address}/{name}/{place}\nSuites: {suites}\nSigned-By: {keyring}\n",
-    )
-
-
-def install(host: Host, *packages: str) -> None:
-    host.run(
-        f"DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends {' '.join(packages)}"
-    )
 
 
 @pytest.mark.parametrize("release", RELEASES)
