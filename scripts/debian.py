@@ -242,7 +242,7 @@ def fetch(parts, folder, lock=LOCK):
             for left in (folder / name, folder / f"{name}.FAILED"):  # apt's name for what has another hash
                 left.unlink(missing_ok=True)
             said = [line[3:] for line in (done.stdout + done.stderr).splitlines() if line.startswith("E:")]
-            if any("404" in line for line in said):
+            if any(re.search(r"\b404\b", line) for line in said):  # a hash may hold these digits too
                 raise SetupError(
                     f"the Debian mirror no longer has {entry['package']} {entry['version']} ({LOCK.name} of {read_lock(lock)[0]}): "
                     "`make lock` takes today's packages, or DEBIAN_MIRROR= names an archive of that date"
