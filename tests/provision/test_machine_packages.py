@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.provision.fake_root import dpkg_root, link, needs_dpkg, put_on_path, tree
+from tests.provision.fake_root import dpkg_root, lacks, link, needs_apt, needs_dpkg, put_on_path, tree
 
 # isort: split
 from ansible.module_utils import machine_packages
@@ -45,7 +44,7 @@ def test_a_program_that_hangs_or_is_missing(tmp_path, monkeypatch):
     assert answered("no-such-program-here") == ""
 
 
-@pytest.mark.skipif(shutil.which("apt-cache") is None, reason="needs apt")
+@needs_apt
 def test_candidates_of_a_real_list(tmp_path):
     root = tree(
         tmp_path,
@@ -219,7 +218,7 @@ def test_a_real_lock_is_found_by_its_inode(tmp_path):
         locks = Path("/proc/locks").read_text()
         holder.stdin.close()
     if str(holder.pid) not in locks.split():
-        pytest.skip("this /proc/locks shows no process ids (a sandbox)")
+        lacks("this /proc/locks shows no process ids (a sandbox)")
     tree(tmp_path, {"proc/locks": locks})
     found = machine_packages.lock_holder(tmp_path)
     assert found and found["pid"] == holder.pid
