@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.clones import clone  # noqa: F401, a fixture of two files
+
 # Minutes each; `make test-long` runs them and nothing else.
 collect_ignore = [] if os.environ.get("RECIPE_LONG") else ["long"]
 
