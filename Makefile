@@ -1,6 +1,6 @@
 # One command per job; `make` alone lists them. The jobs of a run go through scripts/run.py, into the container or into
-# .venv; what needs .venv makes it first (scripts/setup.py, which is done at once when nothing changed). The settings below reach the shell as environment variables, never as
-# text, so that any value is safe; ARGS is shell words, as typed.
+# .venv; what needs .venv makes it first (scripts/setup.py, which is done at once when nothing changed). The settings
+# below reach the shell as environment variables, never as text, so that any value is safe; ARGS is shell words, as typed.
 
 CONFIG ?= recipe/configs/llama-3.1-70b.yaml
 DATA ?=
@@ -8,6 +8,7 @@ RUN ?=
 RUNTIME ?= auto
 ARGS ?=
 export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
+unexport ARGS # meant for this make's command, not for the makes that the tests call
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat bench test \

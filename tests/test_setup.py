@@ -266,6 +266,21 @@ def test_make_passes_values_as_they_are(clone):
     assert not (clone / "injected").exists()
 
 
+@pytest.mark.parametrize(("words", "changes"), [(["ARGS=-x"], {}), ([], {"ARGS": "-x"})])
+def test_args_are_for_the_command_typed_and_not_for_make_below_it(clone, words, changes):
+    """`make test ARGS=...` calls make again in its tests; there ARGS once reached `recipe`, which refused it."""
+    finish(clone)
+    environ = clone / ".venv/bin/python"
+    environ.unlink()
+    environ.write_text('#!/bin/sh\necho "$@"\nenv\n')
+    environ.chmod(0o755)
+    setup.write_stamp("cpu", clone)
+    called, *environment = make(clone, "test", *words, **changes).stdout.splitlines()
+    assert called == "-m pytest -x"
+    assert "RUNTIME=auto" in environment
+    assert not [line for line in environment if line.startswith("ARGS=")]
+
+
 def test_make_refuses_a_runtime_it_has_not(clone):
     done = make(clone, "train", "RUNTIME=podman")
     assert done.returncode == 2
