@@ -5,7 +5,7 @@
     driver   {source, why, branch, modules, dkms, packages, headers, replaces, hold}
     docker   {source, why, packages, replaces}
     toolkit  {mode, why}
-    swap     {kind, gib, folder, why}
+    swap     {kind, gib, folder, there, why}      there: made by an earlier play
     disk     {folder: GiB needed}
     network  [{for, url}]       what has to be reachable before anything is changed
 
@@ -143,15 +143,9 @@ def distribution_driver(machine: dict) -> int:
     """The branch that the distribution has: as its apt says, else as its release is known for."""
     candidate = machine["candidates"].get("nvidia-kernel-dkms")
     known = DISTRIBUTION_DRIVER.get(release_of(machine), 0)
-    # Where NVIDIA's repository is in apt's sources, its package has the same name.
-    return (
-        known
-        if is_ubuntu(machine)
-        or not candidate
-        or machine["driver"].get("foreign_sources")
-        or "nvidia" in machine["ours"]["sources"]
-        else major(candidate)
-    )
+    # NVIDIA's repository has a package of the same name; the other one only NVIDIA's has, whatever a mirror of it is called.
+    nvidias = machine["candidates"].get("nvidia-kernel-open-dkms")
+    return known if is_ubuntu(machine) or not candidate or nvidias else major(candidate)
 
 
 def kernel_modules(machine: dict, wanted: str) -> tuple[str, str]:
@@ -280,20 +274,19 @@ def choose_swap(machine: dict, settings: dict) -> dict:
     """How much, and where. What is there counts; swap of ours is left as it was made."""
     folder = settings["memory_swap_folder"]
     kind, asked = settings["memory_swap"], settings["memory_swap_gib"]
-    own = [
-        swap
-        for swap in machine["swaps"]
-        if swap["path"].startswith(folder.rstrip("/") + "/recipe")
-        or ("zram" in swap["path"] and "systemd-zram-generator" in machine["ours"]["packages"])
-    ]
-    if own and kind != "none":
-        is_file = "zram" not in own[0]["path"]
-        return {
-            "kind": "file" if is_file else "zram",
-            "gib": round(own[0]["size_gib"]) or 1,
-            "folder": folder,
-            "why": "it is there",
-        }
+    # A play that was stopped while it tried the file may have left it on, under the name that it has until then.
+    files = [f"{folder.rstrip('/')}/recipe.swap{part}" for part in ("", ".part")]
+    zram = "systemd-zram-generator" in machine["ours"]["packages"]
+    for swap in machine["swaps"] if kind != "none" else []:
+        is_file = swap["path"] in files
+        if is_file or (zram and swap["path"].startswith("/dev/zram")):
+            return {
+                "kind": "file" if is_file else "zram",
+                "gib": swap["size_gib"],
+                "folder": folder,
+                "there": True,
+                "why": "it is there",
+            }
     wanted = swap_gib(machine, settings) if asked == "auto" else float(asked)
     why = ""
     if kind == "none":
@@ -303,7 +296,7 @@ def choose_swap(machine: dict, settings: dict) -> dict:
     elif kind == "auto" and machine["container"]:
         why = "in a container, swap is its host's"
     if why:
-        return {"kind": "none", "gib": 0, "folder": folder, "why": why}
+        return {"kind": "none", "gib": 0, "folder": folder, "there": False, "why": why}
     filesystem = machine["disks"].get(folder, {}).get("filesystem", "")
     if kind == "auto":
         kind = "zram" if filesystem.startswith(NO_SWAP_FILE) else "file"
@@ -311,6 +304,7 @@ def choose_swap(machine: dict, settings: dict) -> dict:
         "kind": kind,
         "gib": wanted,
         "folder": folder,
+        "there": False,
         "why": f"{filesystem or 'unknown file system'} in {folder}",
     }
 
@@ -335,10 +329,8 @@ def disk_needs(machine: dict, settings: dict, swap: dict) -> dict:
     }
     needs["/usr"] = 0 if ours_of(machine, "driver") else SYSTEM_GIB
     if settings["project_build"]:
-        needs[settings["docker_data"]] = IMAGE_GIB[bool(machine["gpus"])]
-    if swap["kind"] == "file" and not any(
-        s["path"].startswith(swap["folder"].rstrip("/") + "/recipe") for s in machine["swaps"]
-    ):
+        needs[machine["docker"]["data_root"]] = IMAGE_GIB[bool(machine["gpus"])]
+    if swap["kind"] == "file" and not swap["there"]:
         needs[swap["folder"]] = needs.get(swap["folder"], 0) + swap["gib"]
     return {folder: gib for folder, gib in needs.items() if gib}
 

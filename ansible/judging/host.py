@@ -112,12 +112,12 @@ def swap(case: Case) -> Row:
         thin = ram_gib is not None and needed is not None and needed <= ram_gib < needed * (1 + THIN_MARGIN)
         remedy = "it goes on; RAM is thin for the plan: `-e memory_swap=auto` makes some"
         return judged("swap", not thin or there >= 1, found, "some where RAM is thin", remedy, "warn")
+    folder = choice.get("folder", "")
+    if choice.get("there"):
+        ours = "zram" if kind == "zram" else f"file in {folder}"
+        return row("swap", "ok", f"{found}, {gib:g} GiB of it the recipe's {ours}")
     if kind == "zram":
         return row("swap", "ok", f"{found}, zram of {gib:g} GiB to come")
-    folder = choice.get("folder", "")
-    for made in case.machine.get("swaps") or []:
-        if made["path"].startswith(f"{folder.rstrip('/')}/recipe"):
-            return row("swap", "ok", f"{found}, {made['size_gib']:g} GiB of it the recipe's file in {folder}")
     disk = case.disk(folder)
     found += f", a file of {gib:g} GiB to come in {folder}"
     if str(disk.get("filesystem", "")).startswith(NO_SWAP_FILE):
@@ -254,8 +254,8 @@ def _more_room(case: Case, folders: list[str]) -> str:
         words.append(f"name a folder on a larger disk ({options})")
     if "memory_swap_folder" in movable:
         words.append("take less swap (`-e memory_swap_gib=`, `-e memory_swap=none`)")
-    if case.settings.get("docker_data") in folders:
-        words.append("move Docker's data (`data-root` in /etc/docker/daemon.json, and `-e docker_data=`)")
+    if (case.machine.get("docker") or {}).get("data_root") in folders:
+        words.append("move Docker's data (`data-root` in /etc/docker/daemon.json)")
     return ", or ".join(words)
 
 

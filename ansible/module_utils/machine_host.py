@@ -32,7 +32,7 @@ def inspect(root: Path, folders: list[str], packages: list[str], state_file: str
     """Everything about the machine whose root folder is `root`.
 
     Args:
-        folders: absolute paths whose disks are measured; they need not exist yet.
+        folders: absolute paths whose disks are measured, beside Docker's data; they need not exist yet.
         packages: Debian package names to look up; patterns are matched against what is installed.
         state_file: where library/packages.py keeps what it has added.
 
@@ -45,6 +45,7 @@ def inspect(root: Path, folders: list[str], packages: list[str], state_file: str
     gpus = machine_gpus.gpus(root, basics.gpus)
     active = active_services()
     newer = machine_packages.newer_kernel(kernel, known)
+    docker = machine_docker.docker(root, known)
     return {
         "release": release(root),
         "kernel": kernel,
@@ -57,7 +58,7 @@ def inspect(root: Path, folders: list[str], packages: list[str], state_file: str
         "ram_available_gib": _rounded(basics.ram_available_gib),
         "swap_gib": _rounded(basics.swap_total_gib),
         "swaps": swaps(root),
-        "disks": disks(root, folders),
+        "disks": disks(root, [*folders, docker["data_root"]]),
         "gpus": gpus,
         "amd_gpu": basics.amd_gpu,
         "iommu": machine_gpus.iommu(root, gpus),
@@ -70,7 +71,7 @@ def inspect(root: Path, folders: list[str], packages: list[str], state_file: str
         "headers_for_kernel": inside(root, f"/lib/modules/{kernel}/build").exists(),
         "kernel_package": machine_packages.kernel_package(root, kernel, known),
         "newer_kernel": newer,
-        "docker": machine_docker.docker(root, known),
+        "docker": docker,
         "reboot_required": newer is not None or _marked_for_reboot(root),
         "desktop": desktop(root, active),
         "apt": {

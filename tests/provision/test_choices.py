@@ -18,6 +18,7 @@ def load_filters():
 choices = load_filters()
 
 CARD = {"name": "GeForce RTX 3090", "memory_gib": 24, "open_modules": "possible"}
+NVIDIAS = {"nvidia-kernel-dkms": "580.95", "nvidia-kernel-open-dkms": "580.95"}
 RELEASES = {
     "debian 12": {"id": "debian", "version": "12", "codename": "bookworm", "name": "Debian 12"},
     "debian 13": {"id": "debian", "version": "13", "codename": "trixie", "name": "Debian 13"},
@@ -26,7 +27,7 @@ RELEASES = {
 }
 SETTINGS = {
     "driver_branch": 580, "driver_source": "auto", "driver_modules": "auto", "driver_headers": True, "driver_nvidia_key_url": "https://nvidia/key",
-    "docker_source": "auto", "docker_data": "/var/lib/docker", "docker_key_url": "https://docker/gpg",
+    "docker_source": "auto", "docker_key_url": "https://docker/gpg",
     "container_toolkit_mode": "auto", "container_toolkit_key_url": "https://toolkit/gpgkey",
     "memory_swap": "auto", "memory_swap_gib": "auto", "memory_swap_folder": "/var",
     "models_folder": "/models", "runs_folder": "/runs", "models_gib": 168, "runs_gib": 9,
@@ -41,7 +42,7 @@ def machine(release="debian 12", **changes):
         "wsl2": False, "container": "", "ram_gib": 64, "swap_gib": 0, "swaps": [], "secure_boot": "off",
         "gpus": [CARD, CARD], "nouveau": {"loaded": False, "bound": []}, "headers_for_kernel": False,
         "driver": {"loaded": None, "smi": None, "foreign_sources": []}, "installed": {}, "candidates": {},
-        "docker": {"version": None, "origin": None, "settings": {}}, "desktop": {"active": False},
+        "docker": {"version": None, "origin": None, "settings": {}, "data_root": "/var/lib/docker"}, "desktop": {"active": False},
         "disks": {"/var": {"filesystem": "ext4"}}, "ours": {"sources": [], "packages": []},
         "apt": {"mirrors": ["http://mirror/debian"], "components": ["main"]},
     }  # fmt: skip
@@ -170,6 +171,8 @@ def test_an_old_engine_gives_way_to_dockers():
         ({}, {"memory_swap": "none"}, "none", 0),
         ({}, {"memory_swap": "zram", "memory_swap_gib": 8}, "zram", 8),
         ({"swaps": [{"path": "/var/recipe.swap", "size_gib": 9.0}], "swap_gib": 9}, {}, "file", 9),
+        ({"swaps": [{"path": "/var/recipe.swap.part", "size_gib": 0.5}], "swap_gib": 0.5}, {}, "file", 0.5),
+        ({"swaps": [{"path": "/var/recipes", "size_gib": 0.5}], "swap_gib": 0.5}, {}, "file", 4),  # not ours
     ],
 )
 def test_swap_is_what_the_plan_lacks(changes, settings, kind, gib):
@@ -180,6 +183,10 @@ def test_swap_is_what_the_plan_lacks(changes, settings, kind, gib):
 def test_disk_counts_what_is_to_come():
     found = choose(settings={"project_build": True})["disk"]
     assert found == {"/models": 168, "/runs": 9, "/usr": 5, "/var/lib/docker": 30, "/var": 4}
+    moved = {"version": "28.0.1", "origin": "docker", "settings": {"data-root": "/big"}, "data_root": "/big"}
+    made = [{"path": "/var/recipe.swap", "size_gib": 4.0}]
+    found = choose(settings={"project_build": True}, docker=moved, swaps=made)["disk"]
+    assert found == {"/models": 168, "/runs": 9, "/usr": 5, "/big": 30}
 
 
 def test_only_what_will_be_fetched_has_to_be_reached():
@@ -216,8 +223,12 @@ def test_ubuntus_metapackages_follow_the_kernel(kernel, flavour):
 def test_a_run_that_was_cut_off_is_gone_on_with_from_where_it_came():
     """NVIDIA's repository is there, its driver only half: Debian has no such branch all the same."""
     ours = {"sources": ["nvidia"], "packages": []}
-    found = choose(ours=ours, candidates={"nvidia-kernel-dkms": "580.95"})["driver"]
-    assert found["source"] == "nvidia"
+    assert choose(ours=ours, candidates=NVIDIAS)["driver"]["source"] == "nvidia"
+
+
+def test_a_mirror_of_nvidias_repository_is_not_debian():
+    """Whatever address a company gives it: it has a package of a name that Debian never had."""
+    assert choose(candidates=NVIDIAS)["driver"]["source"] == "nvidia"
 
 
 def test_nvidias_repository_beside_the_distributions_driver():

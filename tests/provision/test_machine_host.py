@@ -154,7 +154,7 @@ def test_a_whole_host(tmp_path, monkeypatch):
     assert machine["newer_kernel"] == "6.8.0-50-generic" and machine["reboot_required"]
     assert (machine["ram_gib"], machine["swap_gib"]) == (62.5, 2.0)
     assert machine["nouveau"]["bound"] == ["0000:01:00.0"] and machine["secure_boot"] == "none"
-    assert list(machine["disks"]) == ["/srv/models"]
+    assert list(machine["disks"]) == ["/srv/models", machine["docker"]["data_root"]]
     assert sorted(machine) == sorted(KEYS.split())
 
 

@@ -119,8 +119,10 @@ def test_swap():
     assert one("swap", {"disks./srv/models.filesystem": "zfs"})[0] == "fail"
     assert one("swap", {"disks./srv/models.kind": "hdd"})[0] == "warn"
     assert "zram of 8 GiB" in one("swap", {}, {"swap": {"kind": "zram", "gib": 8}})[1]
-    made = {"swaps": [{"path": "/srv/models/recipe.swap", "type": "file", "size_gib": 8.0}], "swap_gib": 10.0}
-    assert one("swap", made)[1].startswith("10.0 GiB there, 8 GiB of it the recipe's file in /srv/models;")
+    for kind, ours in (("file", "file in /srv/models"), ("zram", "zram")):
+        made = {"swap": {"kind": kind, "gib": 8, "folder": "/srv/models", "there": True}}
+        said = one("swap", {"swap_gib": 10.0}, made)[1]
+        assert said.startswith(f"10.0 GiB there, 8 GiB of it the recipe's {ours};"), said
     none = {"swap": {"kind": "none", "gib": 0}}
     assert one("swap", {}, none)[0] == "ok"
     assert one("swap", {"ram_gib": 15.5, "swap_gib": 0}, none)[0] == "warn"
@@ -131,13 +133,13 @@ def test_disk():
     status, words = one("disk", {"disks./srv/models.free_gib": 175})
     assert status == "fail" and "175.0 GiB free on /; 180.0 GiB for /srv/models and /srv/runs" in words
     assert words.endswith("; free some")  # nobody knows which variable named these
-    named = {"models_folder": "/srv/models", "runs_folder": "/srv/runs", "docker_data": "/elsewhere"}
+    named = {"models_folder": "/srv/models", "runs_folder": "/srv/runs"}
     full = {"disks./srv/models.free_gib": 175}
     assert one("disk", full, settings=named)[1].endswith(
         "free some, or name a folder on a larger disk (`-e models_folder=`, `-e runs_folder=`)"
     )
-    swap = {"memory_swap_folder": "/srv/models", "docker_data": "/srv/runs"}
-    words = one("disk", full, settings=swap)[1]
+    swap = {"memory_swap_folder": "/srv/models"}
+    words = one("disk", full | {"docker.data_root": "/srv/runs"}, settings=swap)[1]
     assert "`-e memory_swap_gib=`" in words and "`data-root`" in words and "models_folder" not in words
     apart = {"disks./srv/runs.mount": "/srv", "disks./srv/runs.free_gib": 5}
     assert "5.0 GiB free on /srv; 10.0 GiB for /srv/runs" in one("disk", apart)[1]
