@@ -246,14 +246,15 @@ def work(module: AnsibleModule) -> dict:
         module.warn(warning)
     added: list[str] = []
     removed: list[str] = []
+    after = database() if job.acted else before
     if not job.check:
-        added, removed, lines = difference(before, database() if job.acted else before)
+        added, removed, lines = difference(before, after)
     return {
         "changed": bool(lines),
         "added": added,
         "removed": removed,
         "kept": kept,
-        "replaced": replaced,
+        "replaced": [name for name in replaced if name not in after or not after[name].exists],
         "diff": {"before": "", "after": "".join(f"{line}\n" for line in lines)},
     }
 

@@ -138,6 +138,9 @@ def test_an_older_engine_makes_way_when_nothing_runs_or_it_may(host):
     ).stdout
     assert "docker-ce installed" in kept and "docker.io installed" not in kept
 
+    said = words(unprovision(machine).stdout)
+    assert re.search(r"not brought back; if you want them: `apt install [^`]*\bdocker\.io\b", said), said
+
 
 def words(text):
     """As it was before Ansible broke its lines."""
