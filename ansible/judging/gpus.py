@@ -148,10 +148,13 @@ def driver(case: Case) -> Row | None:
             "driver", major(loaded) >= case.branch, f"{loaded or 'none'} of Windows", expected, remedy
         )
     if found.get("runfile"):
+        what = f"{loaded or 'a driver'} that NVIDIA's .run installer put here"
+        if major(loaded) >= case.branch and not case.new_driver:
+            remedy = "it goes on with that one; after a new kernel, run its installer again: apt does not know it"
+            return row("driver", "warn", what, "one of apt", remedy)
         remedy = (
             "`sudo nvidia-uninstall`, reboot, and provision again: apt's driver would overwrite half of it"
         )
-        what = f"{loaded or 'a driver'} that NVIDIA's .run installer put here"
         return row("driver", "fail", what, f"{expected} of apt, or none", remedy)
     held = _held_old_driver(case)
     if held:

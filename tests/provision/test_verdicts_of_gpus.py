@@ -123,6 +123,16 @@ def test_a_runfiles_driver():
     )
 
 
+def test_a_runfiles_driver_that_is_new_enough_stays():
+    """Such as a patched one, with which GeForce cards read each other's memory."""
+    there = {"driver.runfile": True, "driver.loaded": "580.95.05"}
+    for source in ("installed", "none"):
+        status, words = one("driver", there, {"driver.source": source})
+        assert status == "warn" and "it goes on with that one" in words, words
+    status, words = one("driver", there, {"driver.source": "nvidia"})
+    assert status == "fail" and "apt's driver would overwrite half of it" in words
+
+
 def test_a_held_old_driver():
     held = {
         "installed": {"nvidia-driver-535": "535.183.01-0ubuntu1"},
