@@ -1,4 +1,7 @@
-"""The image by a real engine: the same digest twice, another one for another byte, and nothing in it that should not be."""
+"""The image by a real engine: another digest for another byte, and nothing in it that should not be.
+
+That two builds from nothing have one digest: tests/long/test_image_twice.py.
+"""
 
 import json
 import os
@@ -22,19 +25,6 @@ import oci
 import image as script
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def digest_of_two():
-    """Of two builds from nothing, which comes first: it leaves what `make build` is then quick with."""
-    done = make(ROOT, "build-check")
-    assert done.returncode == 0, done.stderr
-    return re.fullmatch(r"two builds from nothing, one digest: (sha256:[0-9a-f]{64})\n", done.stdout)[1]
-
-
-def test_two_builds_from_nothing_and_a_third_have_one_digest(request):
-    digest_of_two = request.getfixturevalue("digest_of_two")  # in this order: the third finds all steps done
-    assert request.getfixturevalue("image").record["digest"] == digest_of_two
 
 
 def test_the_engine_knows_it_by_that_digest(image):
