@@ -2,7 +2,7 @@
 
 `choices(machine, settings)` takes what library/machine.py found and the variables of the roles, and returns
 
-    driver   {source, why, branch, modules, dkms, packages, headers, replaces, hold}
+    driver   {source, why, branch, modules, dkms, kernel, packages, headers, replaces, hold}
     docker   {source, why, packages, replaces}
     toolkit  {mode, why}
     swap     {kind, gib, folder, there, why}      there: made by an earlier play
@@ -77,7 +77,9 @@ def choices(machine: dict, settings: dict) -> dict:
 def choose_driver(machine: dict, settings: dict) -> dict:
     """Which driver packages, from where."""
     branch = int(settings["driver_branch"])
-    nothing = {"branch": branch, "modules": "", "dkms": False, "packages": [], "headers": [], "replaces": []}
+    nothing = {"branch": branch, "modules": "", "dkms": False} | {
+        name: [] for name in ("kernel", "packages", "headers", "replaces")
+    }
     if machine["wsl2"]:
         return nothing | {
             "source": "none",
@@ -110,6 +112,12 @@ def choose_driver(machine: dict, settings: dict) -> dict:
         "branch": branch,
         "modules": modules,
         "dkms": not prebuilt,
+        # The modules' packages bring a kernel's image, but not the rest of its drivers (linux-modules-extra).
+        "kernel": [
+            name
+            for name in (f"linux-image-{ubuntu_kernel(machine)}",)
+            if prebuilt and name in machine["installed"]
+        ],
         "packages": packages,
         "headers": [] if prebuilt or not settings["driver_headers"] else header_packages(machine),
         # Another branch's packages give way; those of a runfile are refused before.
@@ -128,15 +136,27 @@ def choose_driver(machine: dict, settings: dict) -> dict:
 def driver_branch_there(machine: dict) -> int:
     """The branch of the driver that is loaded or installed, 0 for none."""
     found = [machine["driver"].get("loaded"), machine["driver"].get("smi")]
-    # The packages that bring a kernel module: their version is the driver's.
-    found += [
-        version
-        for name, version in machine["installed"].items()
-        if re.fullmatch(
-            r"nvidia-(open-)?kernel(-open)?-dkms|nvidia-dkms-\d+.*|linux-modules-nvidia-\d+.*-generic", name
-        )
-    ]
+    for name, version in machine["installed"].items():
+        if re.fullmatch(r"nvidia-(open-)?kernel(-open)?-dkms|nvidia-dkms-\d+.*", name):
+            found.append(version)
+        elif signed := re.match(r"linux-modules-nvidia-(\d+)-", name):  # its version is the kernel's
+            found.append(signed[1])
     return max([major(version) for version in found if version], default=0)
+
+
+def pinned_branch(pins: list[str], installed: dict[str, str], branch: int) -> int:
+    """The branch of NVIDIA's repository to stay with: the one that is pinned, else the oldest that is new enough.
+
+    Args:
+        pins: names of packages nvidia-driver-pinning-…: of branches (580), and of versions (580.95.05). The repository for
+            Debian 13 begins with 590 (NVIDIA/cuda-repo-management issue 38). Empty before apt knows it: `branch` then.
+    """
+
+    def branches(names) -> list[int]:
+        found = [re.fullmatch(r"nvidia-driver-pinning-(\d+)", name) for name in names]
+        return sorted(int(one[1]) for one in found if one and int(one[1]) >= int(branch))
+
+    return next(iter(branches(installed) or branches(pins)), int(branch))
 
 
 def distribution_driver(machine: dict) -> int:
@@ -146,6 +166,16 @@ def distribution_driver(machine: dict) -> int:
     # NVIDIA's repository has a package of the same name; the other one only NVIDIA's has, whatever a mirror of it is called.
     nvidias = machine["candidates"].get("nvidia-kernel-open-dkms")
     return known if is_ubuntu(machine) or not candidate or nvidias else major(candidate)
+
+
+def newer_kernels(modules: list[str], running: str) -> list[str]:
+    """Of kernel modules' files (/lib/modules/KERNEL/…): the kernels newer than the one that runs, which a reboot brings."""
+
+    def numbers(kernel: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", kernel)]
+
+    kernels = {path.split("/")[3] for path in modules}
+    return sorted((one for one in kernels if numbers(one) > numbers(running)), key=numbers)
 
 
 def kernel_modules(machine: dict, wanted: str) -> tuple[str, str]:
@@ -397,7 +427,7 @@ def major(version: str) -> int:
 
 
 class FilterModule:
-    """The filter `choices`."""
+    """The filters `choices`, `pinned_branch` and `newer_kernels`."""
 
     def filters(self):
-        return {"choices": choices}
+        return {"choices": choices, "pinned_branch": pinned_branch, "newer_kernels": newer_kernels}

@@ -63,7 +63,7 @@ class Case:
         # `a|b`: the first that apt has
         packages = [name.split("|") for name in self.chosen("driver").get("packages") or []]
         found = [next((name for name in names if name in there), None) for names in packages]
-        done = all(found) and bool(found) and major(there[found[0]]) >= self.branch
+        done = all(found) and bool(found) and _branch(found[0], there[found[0]]) >= self.branch
         return self.our_driver and not done
 
     @property
@@ -80,9 +80,8 @@ class Case:
 
     @property
     def reboot(self) -> str:
-        """ask, yes or no; YAML and `-e` may have made a boolean of it."""
-        word = str(self.settings.get("reboot", "ask")).lower()
-        return {"true": "yes", "false": "no"}.get(word, word)
+        """ask, yes or no"""
+        return str(self.settings.get("reboot", "ask"))
 
     @property
     def release_id(self) -> str:
@@ -126,6 +125,12 @@ def decimal(value: object) -> float | None:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
+
+
+def _branch(package: str, version: str) -> int:
+    """Of a driver's package. The version of modules that Ubuntu built is the kernel's."""
+    signed = re.match(r"linux-modules-nvidia-(\d+)-", package)
+    return int(signed[1]) if signed else major(version)
 
 
 def major(version: str | None) -> int:

@@ -150,7 +150,9 @@ def driver(case: Case) -> Row | None:
     if found.get("runfile"):
         what = f"{loaded or 'a driver'} that NVIDIA's .run installer put here"
         if major(loaded) >= case.branch and not case.new_driver:
-            remedy = "it goes on with that one; after a new kernel, run its installer again: apt does not know it"
+            remedy = (
+                "it goes on with that one; after a new kernel, run its installer again: apt does not know it"
+            )
             return row("driver", "warn", what, "one of apt", remedy)
         remedy = (
             "`sudo nvidia-uninstall`, reboot, and provision again: apt's driver would overwrite half of it"
@@ -304,7 +306,9 @@ def _driver_to_come(case: Case, loaded: str | None, choice: dict, expected: str)
             f"it goes on: {_reboot_follows(case)}",
         )
     branch = whole(choice.get("branch")) or case.branch
-    to_come = f"branch {branch} of {case.source_name(source)} to come"
+    # NVIDIA's repositories do not have every branch.
+    which = f"branch {branch}{' or the next' if source == 'nvidia' else ''}"
+    to_come = f"{which} of {case.source_name(source)} to come"
     if branch < case.branch:
         return row("driver", "fail", f"{there}, {to_come}", expected, "`-e driver_source=nvidia`")
     if not loaded:

@@ -69,18 +69,27 @@ def wsl2(case: Case) -> Row | None:
 def reboot(case: Case) -> Row:
     """Modules are built for the kernel that runs: without its headers, only the newer one's boot helps."""
     machine, running = case.machine, case.machine.get("kernel", "")
-    newer = machine.get("newer_kernel")
+    newer, candidates = machine.get("newer_kernel"), machine.get("candidates") or {}
+    no_headers = not machine.get("headers_for_kernel") and f"linux-headers-{running}" not in candidates
+    # Of a bare machine's apt nothing is known yet; where it knows Docker, it has lists.
+    apt_knows = "docker.io" in candidates
+    if no_headers and case.builds_modules and (newer or (machine.get("kernel_package") and apt_knows)):
+        found = (
+            f"{running} runs, {newer} is installed, and" if newer else f"{running} runs, and in apt's sources"
+        )
+        remedy = (
+            "`sudo reboot`" if newer else "`sudo apt full-upgrade` and `sudo reboot` into the newest kernel"
+        )
+        return row(
+            "reboot",
+            "fail",
+            f"{found} there are no headers for {running}: the driver cannot be built for it",
+            "the newest installed kernel" if newer else "a kernel that apt has headers for",
+            f"{remedy}, then provision again",
+        )
     if not machine.get("reboot_required"):
         return row("reboot", "ok", "none pending")
     to_come = f"{running} runs, {newer} is installed" if newer else "a reboot is pending"
-    no_headers = not machine.get("headers_for_kernel") and f"linux-headers-{running}" not in (
-        machine.get("candidates") or {}
-    )
-    if newer and no_headers and case.builds_modules:
-        found = f"{to_come}, and there are no headers for {running}: the driver cannot be built for it"
-        return row(
-            "reboot", "fail", found, "the newest installed kernel", "`sudo reboot`, then provision again"
-        )
     return row("reboot", "warn", to_come, "none pending", "it goes on; `sudo reboot` when it suits you")
 
 
@@ -179,6 +188,8 @@ def docker(case: Case) -> Row:
         )
     if origin == "other":
         remedy = "`sudo snap remove docker`, `sudo apt remove podman-docker` or remove the copied programs: they would hide ours"
+        if case.machine.get("wsl2"):
+            remedy = "switch off Docker Desktop's WSL integration for this distribution, or " + remedy
         return row(
             "docker", "fail", f"{version or 'an engine'} that neither of these packaged", expected, remedy
         )

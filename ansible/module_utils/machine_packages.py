@@ -21,6 +21,7 @@ ALWAYS = (
     "linux-headers-*",
     "linux-image-*",
     "linux-generic*",
+    "linux-modules-nvidia-*",
     "earlyoom",
     "systemd-zram-generator",
 )

@@ -1,14 +1,13 @@
 """The role `docker`: which engine comes, the user's settings kept and brought back, and nobody's containers ended unasked."""
 
-import importlib.util
 import json
 import re
 
 import pytest
 
 from tests.provision import standins
-from tests.provision.lab import ROOT, difference
-from tests.provision.plays import provision, unprovision
+from tests.provision.lab import difference
+from tests.provision.plays import TWO_CARDS, provision, unprovision
 
 pytestmark = [pytest.mark.docker, pytest.mark.provision, pytest.mark.slow]
 
@@ -150,17 +149,32 @@ def words(text):
 # --- an engine of the user's own, without root ------------------------------------------------------------------
 
 
+USERS_ENGINE = "unix:///run/user/1000/docker.sock"
+
+
+def sees_gpus(machine):
+    run = "docker run --rm --device nvidia.com/gpu=all tiny nvidia-smi -L"
+    assert machine.run(run, user="owner").stdout.count("RTX 3090") == 2
+
+
 def test_rootless(host):
     machine = host("trixie")
+    standins.kernel(machine)
+    standins.gpus(machine, TWO_CARDS)
+    before = machine.state()
     machine.run("chmod 666 /dev/net/tun")  # as udev has it on a machine
-    provision(machine, *ONLY, docker_rootless=True)
+    with_gpus = ("--tags", "driver,docker,container_toolkit")
+    provision(machine, *with_gpus, docker_rootless=True)
     assert "name=rootless" in info(machine, "owner")["SecurityOptions"]
     assert store(machine, "owner") == "containerd"
     assert "docker" not in machine.run("id -nG owner").stdout.split()
     assert info(machine, "root")["SecurityOptions"] != info(machine, "owner")["SecurityOptions"], (
         "the machine's is one too"
     )
-    second = provision(machine, *ONLY, docker_rootless=True)
+    standins.tiny_image(machine)
+    machine.run(f"docker save tiny | DOCKER_HOST={USERS_ENGINE} docker load")
+    sees_gpus(machine)
+    second = provision(machine, *with_gpus, docker_rootless=True)
     assert second.recap["changed"] == 0, second.tasks_changed
 
     machine.reboot()
@@ -169,41 +183,12 @@ def test_rootless(host):
         "systemctl --user -M owner@ restart docker && systemctl --user -M owner@ is-enabled docker"
     ).stdout
     assert store(machine, "owner") == "containerd", "without a session of the owner's"
+    sees_gpus(machine)
 
-    unprovision(machine, *ONLY)
+    unprovision(machine)
+    assert difference(before, machine.state()) == []
     assert machine.run("docker context show", user="owner").stdout == "default\n"
     assert machine.run("ls -A /home/owner/.config /var/lib/systemd/linger").stdout.split() == [
         "/home/owner/.config:",
         "/var/lib/systemd/linger:",
     ]
-
-
-# --- daemon.json ------------------------------------------------------------------------------------------------
-
-
-def load_filters():
-    spec = importlib.util.spec_from_file_location(
-        "daemon_settings", ROOT / "ansible/roles/docker/filter_plugins/daemon_settings.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    "before", ["", "{}", USERS, '{"runtimes": {"nvidia": {"path": "theirs"}}}', '{"features": {}}']
-)
-@pytest.mark.parametrize("runtime", [False, True])
-def test_settings_come_back_to_the_byte_or_without_ours_where_they_were_changed_since(before, runtime):
-    filters = load_filters()
-    ours = filters.with_ours(json.loads(before or "{}"), runtime)
-    assert ours["features"]["containerd-snapshotter"] and ours["features"]["cdi"]
-    assert filters.with_ours(ours, runtime) == ours
-    assert filters.without_ours(json.dumps(ours), before) == before
-
-    changed = {**ours, "debug": True, "features": {**ours["features"], "theirs": True}}
-    left = json.loads(filters.without_ours(json.dumps(changed), before))
-    expected = {**json.loads(before or "{}"), "debug": True}
-    expected["features"] = {**expected.get("features", {}), "theirs": True}
-    assert left == expected
-    assert filters.without_ours(before, before) == before

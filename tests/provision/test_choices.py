@@ -226,6 +226,48 @@ def test_a_run_that_was_cut_off_is_gone_on_with_from_where_it_came():
     assert choose(ours=ours, candidates=NVIDIAS)["driver"]["source"] == "nvidia"
 
 
+@pytest.mark.parametrize(
+    "pins, installed, branch",
+    [
+        ([], {}, 580),  # apt does not know it yet
+        (["575", "580", "580.95.05", "590"], {}, 580),
+        (["590", "610", "590.48.01"], {}, 590),  # Debian 13's repository
+        (["580", "590", "610"], {"nvidia-driver-pinning-590": "590.48.01-1"}, 590),  # an older one came later
+        (
+            ["575", "580", "590"],
+            {"nvidia-driver-pinning-575": "575.57.08-1"},
+            580,
+        ),  # the lock asks for more now
+    ],
+)
+def test_the_branch_that_nvidias_repository_is_held_at(pins, installed, branch):
+    names = [f"nvidia-driver-pinning-{pin}" for pin in pins]
+    assert choices.pinned_branch(names, installed, 580) == branch
+
+
+def test_kernels_that_a_reboot_brings():
+    files = [
+        f"/lib/modules/{kernel}/updates/dkms/nvidia.ko.xz" for kernel in ("6.1.0-9-amd64", "6.1.0-40-amd64")
+    ]
+    assert choices.newer_kernels(files, "6.1.0-18-amd64") == ["6.1.0-40-amd64"]
+    assert choices.newer_kernels(files, "6.1.0-40-amd64") == []
+
+
+def test_ubuntus_signed_modules_bring_the_newest_kernel_whole():
+    installed = {
+        "linux-image-generic": "6.8.0-60.63",
+        "linux-modules-nvidia-580-server-open-generic": "6.8.0-60.63",
+    }
+    found = choose("ubuntu 24.04", secure_boot="on", installed=installed)["driver"]
+    assert found["source"] == "installed" and found["kernel"] == [], "their version is the kernel's"
+    del installed["linux-modules-nvidia-580-server-open-generic"]
+    found = choose("ubuntu 24.04", secure_boot="on", installed=installed)["driver"]
+    assert found["source"] == "distribution" and found["kernel"] == ["linux-image-generic"]
+    assert choose("ubuntu 24.04", installed=installed)["driver"]["kernel"] == [], (
+        "DKMS builds for the one that runs"
+    )
+
+
 def test_a_mirror_of_nvidias_repository_is_not_debian():
     """Whatever address a company gives it: it has a package of a name that Debian never had."""
     assert choose(candidates=NVIDIAS)["driver"]["source"] == "nvidia"

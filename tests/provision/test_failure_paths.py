@@ -230,6 +230,12 @@ def test_nouveau_holds_the_cards_until_a_reboot(host):
     assert again.recap["changed"] == 0, again.tasks_changed
     assert machine.run("nvidia-smi -L").stdout.count("RTX 3090") == 2
 
+    # A new kernel that DKMS could not build for: to reboot again and again would not help.
+    machine.run("modprobe -r nvidia; rm /lib/modules/$(uname -r)/updates/dkms/nvidia.ko*")
+    said = last_words(provision(machine, "--tags", "driver", check=False, reboot=True))
+    assert "its module was not built for kernel" in said and "so no reboot helps: `dkms status`" in said
+    machine.run("test ! -e /run/systemd/shutdown/scheduled")
+
 
 # --- disk, packages, network ------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import pytest
 from tests.provision import standins
 from tests.provision.lab import difference
 from tests.provision.plays import SWAP_FOLDER, TWO_CARDS, provision, unprovision
+from tests.provision.standin import vendors
 
 pytestmark = [pytest.mark.docker, pytest.mark.provision, pytest.mark.slow]
 
@@ -33,9 +34,11 @@ def test_bare_provisioned_unchanged_and_taken_back(host, release):
 
 def look(host, kernel, engine):
     """What a user would look at afterwards."""
-    # The driver: of NVIDIA's repository, in the branch of the lock, built by DKMS for this kernel, held, nouveau off.
-    versions = host.run("nvidia-smi --query-gpu=driver_version --format=csv,noheader").stdout.split()
-    assert [version.split(".")[0] for version in versions] == ["580", "580"]
+    # The driver: of NVIDIA's repository, in the lock's branch or the oldest newer one, built by DKMS for this kernel,
+    # held, awake, nouveau off.
+    cards = host.run("nvidia-smi --query-gpu=driver_version,persistence_mode --format=csv,noheader").stdout
+    expected = {"docker-ce": f"{vendors.DRIVER}, Enabled\n", "docker.io": "590.48.01, Enabled\n"}
+    assert cards == 2 * expected[engine]
     assert f", {kernel}, x86_64: installed" in host.run("dkms status").stdout
     held = host.run("apt-mark showhold").stdout.split()
     assert {"nvidia-kernel-open-dkms", "nvidia-driver-cuda"} <= set(

@@ -145,12 +145,27 @@ def test_a_held_old_driver():
     )
 
 
+def test_ubuntus_signed_driver_that_is_there_is_not_to_come():
+    """The version of its modules' package is the kernel's."""
+    names = ["linux-modules-nvidia-580-server-open-generic", "nvidia-headless-no-dkms-580-server-open"]
+    there = {
+        "driver.loaded": "580.95.05",
+        "installed": {names[0]: "6.8.0-60.63", names[1]: "580.95.05-0ubuntu1"},
+    }
+    assert one("driver", there, {"driver.packages": names}) == ("ok", "580.95.05 is loaded; ; ")
+    newer = [name.replace("580", "590") for name in names]
+    assert "to come" in one("driver", there | {"driver.loaded": None}, {"driver.packages": newer})[1]
+
+
 def test_driver_there_to_come_or_neither():
     assert one("driver") == ("ok", "none is loaded, branch 580 of Ubuntu 22.04.5 LTS to come; ; ")
     status, words = one("driver", {"driver.loaded": "535.183.01"}, {"driver.source": "nvidia"})
-    assert status == "warn" and "535.183.01 is loaded, branch 580 of NVIDIA's repository to come" in words
+    assert (
+        status == "warn"
+        and "535.183.01 is loaded, branch 580 or the next of NVIDIA's repository to come" in words
+    )
     assert "a reboot follows" in words
-    old = one("driver", {"driver.loaded": "535.1"}, settings={"reboot": False})
+    old = one("driver", {"driver.loaded": "535.1"}, settings={"reboot": "no"})
     assert old[0] == "warn" and "reboot=no" in old[1]
     status, words = one(
         "driver", {"driver.loaded": "535.1"}, {"driver.source": "none", "driver.why": "driver_source is none"}

@@ -101,6 +101,16 @@ def test_a_pending_reboot():
     assert one("reboot", machine | {"headers_for_kernel": False}, {"driver.source": "none"})[0] == "warn"
 
 
+def test_a_kernel_so_old_that_apt_has_no_headers_for_it():
+    """A machine that was installed long ago: another boot of the same kernel would not help."""
+    old = {"headers_for_kernel": False, "candidates": {"docker.io": "28.2.2"}}
+    status, words = one("reboot", old)
+    assert status == "fail" and "in apt's sources there are no headers for 5.15.0-119-generic" in words
+    assert "`sudo apt full-upgrade` and `sudo reboot` into the newest kernel, then provision again" in words
+    for known in ({"headers_for_kernel": True}, {"candidates": {}}, {"kernel_package": None}):
+        assert one("reboot", old | known)[0] == "ok", known
+
+
 # --- memory and disks -----------------------------------------------------------------------------------
 
 

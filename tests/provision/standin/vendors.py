@@ -18,8 +18,12 @@ from tests.provision.standin.packages import Package, Signer, write_flat, write_
 
 FILES = Path(__file__).parent / "files"
 DRIVER = "580.95.05"
-# The branch's newest must win over an older one of its own and over the branch that dropped old GPUs.
-DRIVERS = ("575.57.08", "580.82.07", DRIVER, "590.48.01")
+# By release. The branch's newest must win over an older one of its own and over the branch that dropped old GPUs; Debian
+# 13's repository never had 580 (NVIDIA/cuda-repo-management issue 38).
+DRIVERS = {
+    "12": ("575.57.08", "580.82.07", DRIVER, "590.48.01"),
+    "13": ("590.44.01", "590.48.01", "610.43.02"),
+}
 TOOLKIT = "1.18.0"
 DOCKER_RELEASES = {"bookworm": "12", "trixie": "13"}
 UBUNTU_RELEASES = {"jammy": "22.04", "noble": "24.04"}
@@ -82,15 +86,16 @@ MODULE_VERSION("{version}");
 PERSISTENCED = """#!/bin/sh
 # Keeps the driver loaded, and says so.
 read -r loaded </opt/standin/loaded || { echo "Failed to query NVIDIA devices" >&2; exit 1; }
-: >/opt/standin/persistence
+case " $* " in *" --no-persistence-mode "*) ;; *) : >/opt/standin/persistence ;; esac
 exec sleep infinity
 """
+# As Ubuntu's own starts it; Debian's has the driver awake from the beginning.
 PERSISTENCED_UNIT = """[Unit]
 Description=NVIDIA Persistence Daemon
 
 [Service]
 Type=exec
-ExecStart=/usr/bin/nvidia-persistenced --user nvidia-persistenced --verbose
+ExecStart=/usr/bin/nvidia-persistenced --user nvidia-persistenced --no-persistence-mode --verbose
 
 [Install]
 WantedBy=multi-user.target
@@ -158,9 +163,9 @@ def build(folder: Path, download: Callable[[str], Mapping[str, Path]]) -> None:
 
 
 def _nvidia(folder: Path, signer: Signer) -> None:
-    packages = [package for version in DRIVERS for package in driver_packages(version)]
-    for release in DOCKER_RELEASES.values():
-        fields = {"Origin": "NVIDIA", "Label": "NVIDIA CUDA"}
+    fields = {"Origin": "NVIDIA", "Label": "NVIDIA CUDA"}
+    for release, versions in DRIVERS.items():
+        packages = [package for version in versions for package in driver_packages(version)]
         write_flat(folder / f"debian{release}/x86_64", packages, signer, fields)
     (folder / "key.pub").write_text(signer.public)
 
