@@ -78,7 +78,9 @@ def reboot(case: Case) -> Row:
             f"{running} runs, {newer} is installed, and" if newer else f"{running} runs, and in apt's sources"
         )
         remedy = (
-            "`sudo reboot`" if newer else "`sudo apt full-upgrade` and `sudo reboot` into the newest kernel"
+            "`sudo reboot`"
+            if newer
+            else "install them yourself, or `sudo apt full-upgrade` and `sudo reboot` into the newest kernel"
         )
         return row(
             "reboot",

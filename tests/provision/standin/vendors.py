@@ -359,6 +359,7 @@ def _scripts_of(package: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 UBUNTU_COMPONENTS = {
     "main": {
         "linux-headers-generic": "6.8.0-88.89",
+        "linux-headers-6.8.0-88-generic": "6.8.0-88.89",
         "git": "1:2.43.0-1ubuntu7",
         "make": "4.3-4.1build2",
         "python3-venv": "3.12.3-0ubuntu2",
