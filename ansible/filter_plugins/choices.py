@@ -304,11 +304,10 @@ def choose_swap(machine: dict, settings: dict) -> dict:
     """How much, and where. What is there counts; swap of ours is left as it was made."""
     folder = settings["memory_swap_folder"]
     kind, asked = settings["memory_swap"], settings["memory_swap_gib"]
-    # A play that was stopped while it tried the file may have left it on, under the name that it has until then.
-    files = [f"{folder.rstrip('/')}/recipe.swap{part}" for part in ("", ".part")]
+    file = f"{folder.rstrip('/')}/recipe.swap"
     zram = "systemd-zram-generator" in machine["ours"]["packages"]
     for swap in machine["swaps"] if kind != "none" else []:
-        is_file = swap["path"] in files
+        is_file = swap["path"] == file
         if is_file or (zram and swap["path"].startswith("/dev/zram")):
             return {
                 "kind": "file" if is_file else "zram",
@@ -317,12 +316,15 @@ def choose_swap(machine: dict, settings: dict) -> dict:
                 "there": True,
                 "why": "it is there",
             }
-    wanted = swap_gib(machine, settings) if asked == "auto" else float(asked)
+    # A play that was stopped while it tried the file may have left it on, under the name that it has until then.
+    tried = sum(swap["size_gib"] for swap in machine["swaps"] if swap["path"] == f"{file}.part")
+    there = machine["swap_gib"] - tried
+    wanted = swap_gib(machine, settings, there) if asked == "auto" else float(asked)
     why = ""
     if kind == "none":
         why = "memory_swap is none"
     elif wanted <= 0:
-        why = f"{machine['swap_gib']:.0f} GiB is there"
+        why = f"{there:.0f} GiB is there"
     elif kind == "auto" and machine["container"]:
         why = "in a container, swap is its host's"
     if why:
@@ -339,7 +341,7 @@ def choose_swap(machine: dict, settings: dict) -> dict:
     }
 
 
-def swap_gib(machine: dict, settings: dict) -> int:
+def swap_gib(machine: dict, settings: dict, there: float) -> int:
     """What lacks from RAM and swap to the plan's need with a margin, within bounds; GiB.
 
     Swap does not replace RAM (the plan's pinned buffers cannot be swapped): it lets other programs give way.
@@ -347,7 +349,7 @@ def swap_gib(machine: dict, settings: dict) -> int:
     needed = settings.get("ram_needed_gib") or 0
     lacking = needed * (1 + THIN_MARGIN) - machine["ram_gib"]
     wanted = min(max(math.ceil(lacking), SWAP_GIB[0]), SWAP_GIB[1])
-    missing = wanted - machine["swap_gib"]
+    missing = wanted - there
     return math.ceil(missing) if missing > 0.5 else 0
 
 

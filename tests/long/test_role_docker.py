@@ -197,7 +197,8 @@ def test_rootless(host):
     assert store(machine, "owner") == "containerd", "without a session of the owner's"
 
     unprovision(machine)
-    assert difference(before, machine.state()) == []
+    left = [line for line in difference(before, machine.state()) if not line.startswith("units: session-")]
+    assert left == []  # but for the test's own sessions
     assert machine.run("docker context show", user="owner").stdout == "default\n"
     assert machine.run("ls -A /home/owner/.config /var/lib/systemd/linger").stdout.split() == [
         "/home/owner/.config:",

@@ -171,7 +171,7 @@ def test_an_old_engine_gives_way_to_dockers():
         ({}, {"memory_swap": "none"}, "none", 0),
         ({}, {"memory_swap": "zram", "memory_swap_gib": 8}, "zram", 8),
         ({"swaps": [{"path": "/var/recipe.swap", "size_gib": 9.0}], "swap_gib": 9}, {}, "file", 9),
-        ({"swaps": [{"path": "/var/recipe.swap.part", "size_gib": 0.5}], "swap_gib": 0.5}, {}, "file", 0.5),
+        ({"swaps": [{"path": "/var/recipe.swap.part", "size_gib": 9}], "swap_gib": 9}, {}, "file", 4),
         ({"swaps": [{"path": "/var/recipes", "size_gib": 0.5}], "swap_gib": 0.5}, {}, "file", 4),  # not ours
     ],
 )
