@@ -122,6 +122,9 @@ def _blind(machine: Machine) -> str | None:
         return machine.gpu_error
     if len(machine.gpus) >= 2:
         return None
+    # The bus may be hidden too: WSL2 has none.
+    if not machine.gpus and os.environ.get("RECIPE_IMAGE_DIGEST"):
+        return "no GPU was given to this container"
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return "CUDA_VISIBLE_DEVICES is set and leaves fewer than two GPUs"
     on_the_bus = sum(device.vendor == NVIDIA for device in machine.display_devices)

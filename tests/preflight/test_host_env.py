@@ -144,6 +144,20 @@ def test_who_sees_less_than_the_host_has_leaves_the_file(box, monkeypatch, name)
     assert hostenv.write(".", machine(**changes)) is None and not Path("host.env").exists()
 
 
+def test_a_container_that_was_given_no_gpu_does_not_speak_for_its_host(box, monkeypatch):
+    """Nor does it where the bus cannot be seen, as in WSL2: a play's last task undid so what the play had found."""
+    box(2, "CNS")
+    hostenv.write(".", machine())
+    before = Path("host.env").read_bytes()
+    monkeypatch.setenv("RECIPE_IMAGE_DIGEST", "sha256:0")
+    assert (
+        hostenv.write(".", machine(gpus=[]))
+        == "host.env: left as it was, since no GPU was given to this container"
+    )
+    assert Path("host.env").read_bytes() == before
+    assert hostenv.write(".", machine()) == "host.env: 2 NCCL settings"
+
+
 def test_preflight_writes_it_and_the_demos_preflight_leaves_it(box, monkeypatch, capsys):
     box(2, "CNS")
     config = ["--config", str(showcase.CONFIG), "--json"]
