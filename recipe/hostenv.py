@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from recipe import container
 from recipe.errors import UserError
 from recipe.files import write_text
 from recipe.hardware import NVIDIA, Machine, peer_access, probe
@@ -123,7 +124,7 @@ def _blind(machine: Machine) -> str | None:
     if len(machine.gpus) >= 2:
         return None
     # The bus may be hidden too: WSL2 has none.
-    if not machine.gpus and os.environ.get("RECIPE_IMAGE_DIGEST"):
+    if not machine.gpus and container.in_container():
         return "no GPU was given to this container"
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return "CUDA_VISIBLE_DEVICES is set and leaves fewer than two GPUs"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.provision.fake_root import lacks
 from tests.provision.lab import CACHE, difference
 from tests.provision.plays import SWAP_FOLDER, provision, unprovision
 
@@ -182,7 +183,7 @@ def the_zram_device(machine):
         fcntl.flock(lock, fcntl.LOCK_EX)
         size = Path("/sys/block/zram0/disksize")
         if not size.exists() or size.read_text().strip() != "0":
-            pytest.skip("this machine's kernel has no /dev/zram0 that is free")
+            lacks("this machine's kernel has no /dev/zram0 that is free")
         try:
             yield
         finally:
