@@ -195,7 +195,7 @@ def test_a_bare_host_writes_it_without_packages(box):
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "host.env: 2 NCCL settings\n")
     ours = {name for name in done.stdout.split() if name.startswith("recipe")}
-    assert ours == {"recipe", "recipe.errors", "recipe.files", "recipe.hardware"}
+    assert ours == {"recipe", "recipe.container", "recipe.errors", "recipe.files", "recipe.hardware"}
     assert hostenv.read() == {P2P: "1", IB: "1"}
 
 
