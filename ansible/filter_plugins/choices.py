@@ -106,6 +106,7 @@ def choose_driver(machine: dict, settings: dict) -> dict:
     modules, why_modules = kernel_modules(machine, settings["driver_modules"])
     prebuilt = source == "distribution" and is_ubuntu(machine) and machine["secure_boot"] == "on"
     packages = driver_packages(machine, source, branch, modules, prebuilt)
+    kernel = f"linux-image-{ubuntu_kernel(machine)}"
     return {
         "source": source,
         "why": f"{why}; {why_modules}",
@@ -113,11 +114,7 @@ def choose_driver(machine: dict, settings: dict) -> dict:
         "modules": modules,
         "dkms": not prebuilt,
         # The modules' packages bring a kernel's image, but not the rest of its drivers (linux-modules-extra).
-        "kernel": [
-            name
-            for name in (f"linux-image-{ubuntu_kernel(machine)}",)
-            if prebuilt and name in machine["installed"]
-        ],
+        "kernel": [kernel] if prebuilt and kernel in machine["installed"] else [],
         "packages": packages,
         "headers": [] if prebuilt or not settings["driver_headers"] else header_packages(machine),
         # Another branch's packages give way; those of a runfile are refused before.
