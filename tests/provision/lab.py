@@ -345,9 +345,12 @@ class Host:
                 return
             time.sleep(0.1)
         failed = self.run("systemctl --no-pager --failed", check=False).stdout
-        raise RuntimeError(
-            f"{self.name}: systemd says {state or 'nothing'!r} or ssh does not answer\n{failed}"
+        what = (
+            f"ssh does not answer at {self.address}"
+            if state == "running"
+            else f"systemd says {state or 'nothing'!r}"
         )
+        raise RuntimeError(f"{self.name}: {what}\n{failed}")
 
     def _settings(self) -> bytes:
         """A tar of what makes a host one of this session: keys, the mirror, certificates."""
