@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.docker.calls import CALLER, ROOT, make
+from tests.machine import lacks
 
 MADE_FROM = (
     "Makefile",
@@ -33,8 +34,8 @@ def engine_answers() -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def engine():
-    if not engine_answers() and not os.environ.get("RECIPE_REQUIRE_DOCKER"):
-        pytest.skip("needs a Docker engine with buildx")
+    if not engine_answers():
+        lacks("needs a Docker engine with buildx")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 
 from recipe.files import read_json
 from tests.docker.calls import CALLER, ROOT, TOKEN, environment, make
+from tests.machine import lacks
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import engine as engine_script
@@ -353,8 +354,8 @@ def described(prepared, tmp_path):
         json.loads(subprocess.check_output(["docker", "info", "--format", "{{json .CDISpecDirs}}"])) or []
     )
     folder = next((f for f in folders if os.access(f, os.W_OK)), None)
-    if folder is None and not os.environ.get("RECIPE_REQUIRE_DOCKER"):
-        pytest.skip("needs a Docker engine with CDI and a folder of its descriptions that can be written")
+    if folder is None:
+        lacks("needs a Docker engine with CDI and a folder of its descriptions that can be written")
     node = {"path": "/dev/nvidia-test", "hostPath": "/dev/zero"}
     device = {"name": "recipe-test", "containerEdits": {"deviceNodes": [node]}}
     description = Path(folder) / "recipe-test.json"

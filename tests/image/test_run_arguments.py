@@ -15,6 +15,7 @@ import run
 from setup import SetupError
 
 from tests.image.test_engine import DIGEST, describe_gpus, good
+from tests.machine import needs
 
 ME = os.getuid(), os.getgid()
 
@@ -206,7 +207,7 @@ def test_the_folders_that_a_run_writes_are_made(tmp_path):
     assert (tmp_path / "new/models").is_dir()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@needs(os.getuid() == 0, "root, who alone can give a folder away")
 def test_a_folder_made_by_sudo_is_the_callers(tmp_path):
     run.own_folder(tmp_path / "new/runs", 1234, 1235)
     for path in (tmp_path / "new", tmp_path / "new/runs"):

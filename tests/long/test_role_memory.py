@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.provision.fake_root import lacks
+from tests.machine import lacks
 from tests.provision.lab import CACHE, difference
 from tests.provision.plays import SWAP_FOLDER, provision, unprovision
 

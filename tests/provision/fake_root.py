@@ -8,27 +8,20 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # without ansible-core, `ansible` is our folder
 
 import ansible.module_utils
+from tests.machine import needs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ansible.module_utils.__path__.append(str(REPOSITORY / "ansible/module_utils"))
 
 GIB = 2**30
-# In CI, which is Debian, nothing of this may be missing: there a test fails that is skipped elsewhere.
-IN_CI = bool(os.environ.get("RECIPE_REQUIRE_DOCKER"))
-needs_dpkg = pytest.mark.skipif(not IN_CI and shutil.which("dpkg-query") is None, reason="needs dpkg")
-needs_apt = pytest.mark.skipif(not IN_CI and shutil.which("apt-cache") is None, reason="needs apt")
-
-
-def lacks(what: str) -> NoReturn:
-    """End a test that this machine cannot run."""
-    pytest.fail(f"in CI: {what}") if IN_CI else pytest.skip(what)
+needs_dpkg = needs(shutil.which("dpkg-query") is not None, "dpkg")
+needs_apt = needs(shutil.which("apt-cache") is not None, "apt")
 
 
 def tree(root: Path, files: dict[str, str | bytes]) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.provision.fake_root import lacks
+from tests.machine import lacks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY))  # where ansible-core is not installed, `ansible` is our folder

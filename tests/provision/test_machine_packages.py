@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.provision.fake_root import dpkg_root, lacks, link, needs_apt, needs_dpkg, put_on_path, tree
+from tests.machine import lacks
+from tests.provision.fake_root import dpkg_root, link, needs_apt, needs_dpkg, put_on_path, tree
 
 # isort: split
 from ansible.module_utils import machine_packages
