@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.docker.calls import CALLER, ROOT, make
-from tests.machine import lacks
+from tests.machine import engine_answers, lacks
 
 MADE_FROM = (
     "Makefile",
@@ -25,17 +24,10 @@ MADE_FROM = (
 )
 
 
-def engine_answers() -> bool:
-    try:
-        return subprocess.run(["docker", "buildx", "ls"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
 @pytest.fixture(scope="session", autouse=True)
 def engine():
-    if not engine_answers():
-        lacks("needs a Docker engine with buildx")
+    if not engine_answers("buildx", "compose"):
+        lacks("needs a Docker engine with buildx and compose")
 
 
 @pytest.fixture(scope="session")

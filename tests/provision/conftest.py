@@ -4,14 +4,13 @@ They need root (for debootstrap) and a Docker engine. Without, they are skipped;
 """
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.machine import lacks
+from tests.machine import engine_answers, lacks
 from tests.provision import lab, standins
 from tests.provision.standin.mirror import Mirror
 
@@ -19,11 +18,7 @@ from tests.provision.standin.mirror import Mirror
 def _missing() -> str | None:
     if os.getuid() != 0:
         return "needs root, to make the hosts' images"
-    try:
-        answers = subprocess.run(["docker", "version"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        answers = False
-    return None if answers else "needs a Docker engine"
+    return None if engine_answers() else "needs a Docker engine"
 
 
 @pytest.fixture(scope="session")
