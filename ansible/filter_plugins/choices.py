@@ -16,12 +16,17 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from pathlib import Path
+
+# Ansible loads this file by its path, so Python does not know the folder that judging/ lies in.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from judging.known import NO_SWAP_FILE, OLDEST_DOCKER, THIN_MARGIN, major
 
 # What each release's own archive has, where apt on the host does not know it yet: driver branch, Docker engine.
 DISTRIBUTION_DRIVER = {"debian 12": 535, "debian 13": 550, "ubuntu 22.04": 580, "ubuntu 24.04": 580}
 DISTRIBUTION_DOCKER = {"debian 12": 20, "debian 13": 26, "ubuntu 22.04": 28, "ubuntu 24.04": 28}
-# The first engine that gives GPUs by CDI, and keeps images as `make build` needs it.
-OLDEST_DOCKER = 25
 DOCKER_PACKAGES = {
     "debian": ["docker.io", "docker-cli", "docker-buildx", "docker-compose"],
     "ubuntu": ["docker.io", "docker-buildx", "docker-compose-v2"],
@@ -45,15 +50,12 @@ DOCKER_REPLACES = [
     "containerd",
     "runc",
 ]
-# RAM beyond the plan's need that lets a burst, such as another program, pass (recipe/preflight/host.py).
-THIN_MARGIN = 0.2
 SWAP_GIB = (4, 16)  # the least and the most that is worth having: pinned memory cannot be swapped
 SYSTEM_GIB = 5  # packages, DKMS' builds, logs: beside models, runs, images and swap
 IMAGE_GIB = {
     True: 30,
     False: 8,
 }  # with and without a GPU: the image, its layers while it is built, pip's downloads
-NO_SWAP_FILE = ("zfs", "overlay", "tmpfs", "nfs", "nfs4", "fuse", "fuseblk", "9p", "virtiofs")
 
 
 def choices(machine: dict, settings: dict) -> dict:
@@ -417,12 +419,6 @@ def is_ubuntu(machine: dict) -> bool:
 
 def release_of(machine: dict) -> str:
     return f"{machine['release']['id']} {machine['release']['version']}"
-
-
-def major(version: str) -> int:
-    """The first number of a version, past a Debian epoch: 5:28.5.1-1 -> 28; 0 where there is none."""
-    found = re.match(r"(?:\d+:)?(\d+)", version)
-    return int(found[1]) if found else 0
 
 
 class FilterModule:

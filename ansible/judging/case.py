@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from judging.known import major
+
 Row = dict[str, str]
 Check = Callable[["Case"], "Row | list[Row] | None"]
 
@@ -131,9 +133,3 @@ def _branch(package: str, version: str) -> int:
     """Of a driver's package. The version of modules that Ubuntu built is the kernel's."""
     signed = re.match(r"linux-modules-nvidia-(\d+)-", package)
     return int(signed[1]) if signed else major(version)
-
-
-def major(version: str | None) -> int:
-    """The first number of a version, past a Debian epoch: 5:28.5.1-1 gives 28; 0 where there is none."""
-    found = re.match(r"(?:\d+:)?(\d+)", version or "")
-    return int(found[1]) if found else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from judging.case import Case, Check, Row, decimal, judged, major, row, whole, yes
+from judging.case import Case, Check, Row, decimal, judged, row, whole, yes
+from judging.known import major
 
 # CUDA 13, which torch is built for, has no code for GPUs before Turing (recipe/preflight/gpu.py).
 TOO_OLD = ("older", "Maxwell", "Pascal", "Volta")

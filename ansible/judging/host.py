@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from judging.case import Case, Check, Row, decimal, judged, major, row, yes
+from judging.case import Case, Check, Row, decimal, judged, row, yes
+from judging.known import NO_SWAP_FILE, OLDEST_DOCKER, THIN_MARGIN, major
 
 SUPPORTED = {
     ("debian", "12"): "Debian 12",
@@ -10,13 +11,9 @@ SUPPORTED = {
     ("ubuntu", "22.04"): "Ubuntu 22.04",
     ("ubuntu", "24.04"): "Ubuntu 24.04",
 }
-# RAM beyond the plan's need that lets a burst of other programs pass (recipe/preflight/host.py).
-THIN_MARGIN = 0.2
-OLDEST_DOCKER = 25
 SLOW_KINDS = {"hdd": "a hard disk", "network": "a network file system"}
 # Variables of the roles that say where something large lies.
 FOLDER_SETTINGS = ("models_folder", "runs_folder", "memory_swap_folder")
-NO_SWAP_FILE = ("zfs", "overlay", "tmpfs", "nfs", "fuse", "9p", "virtiofs")
 
 
 # --- the system -----------------------------------------------------------------------------------------
