@@ -109,6 +109,9 @@ def test_without_sudo_it_is_said_what_to_do(host):
     # A Debian that was installed with a password for root has none.
     machine.run("mv /usr/bin/sudo /usr/bin/sudo.away")
     assert "sudo: not found" in (said := no_root("owner")) and "`apt install sudo`" in said
+    # Root itself needs none.
+    machine.run("install -D -m 600 /home/owner/.ssh/authorized_keys /root/.ssh/authorized_keys")
+    assert " 0 failed" in table(look(machine, gpus_wanted=0, ansible_user="root"))
 
 
 # --- GPUs, driver, Secure Boot ----------------------------------------------------------------------------

@@ -42,6 +42,12 @@ def as_its_owner_types_it(machine):
     standins.kernel(machine)
     standins.gpus(machine, [("0000:01:00.0", "RTX 3090")])
     bring_checkout(machine)
+    # pyenv's: first on PATH, newer than the system's, and it starts nothing.
+    machine.put(
+        "/usr/local/bin/python3.13",
+        "#!/bin/sh\necho 'pyenv: python3.13: command not found' >&2; exit 127\n",
+        0o755,
+    )
     before = machine.state()
     machine.put("/tmp/settings.json", json.dumps(settings(machine.mirror, machine.release)))
 
