@@ -116,7 +116,7 @@ class Train:
     )
     micro_batch_tokens: int | str = option(
         "auto",
-        "tokens per GPU and forward pass; rows are packed to it; auto = max_length",
+        "tokens per GPU and forward pass; rows are packed to it; auto: what the plan finds fastest, on a CPU max_length",
         low=16,
         high=2**24,
         words=("auto",),
@@ -138,6 +138,9 @@ class Train:
     seed: int = option(42, "data order, adapter initialisation and dropout", low=0, high=2**32 - 1)
     log_every: int = option(10, "steps between progress lines; metrics.jsonl has every step", low=1)
     eval_every: int = option(0, "steps between evaluations; 0 = only at the start and the end", low=0)
+    rehearsal: bool = option(
+        True, "before step 1: the longest micro-batch, an evaluation, a save and a reload, then all put back"
+    )
     save_every: int = option(25, "steps between checkpoints; one is always written at the end", low=1)
     keep_checkpoints: int = option(2, "newest checkpoints kept", low=1)
 

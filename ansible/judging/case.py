@@ -98,9 +98,11 @@ class Case:
         return (self.machine.get("disks") or {}).get(folder) or {}
 
     def reason(self, beginning: str) -> str | None:
-        """The plan's own words why something does not fit."""
-        return next(
-            (reason for reason in self.plan.get("reasons") or [] if reason.startswith(beginning)), None
+        """The plan's own words why something does not fit, and what would."""
+        reasons = [r for r in self.plan.get("reasons") or [] if r.startswith(beginning)]
+        ways = [way["change"] for way in self.plan.get("ways") or []]
+        return (
+            "; would fit: ".join([*reasons[:1], *([", or ".join(ways)] if ways else [])]) if reasons else None
         )
 
 

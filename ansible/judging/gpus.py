@@ -338,10 +338,7 @@ def _one_is_enough(plan: dict) -> bool:
 
 
 def _tokens_per_second(plan: dict) -> float | None:
-    seconds, steps, tokens = (
-        decimal(plan.get(key)) for key in ("predicted_seconds", "steps", "tokens_per_step")
-    )
-    return steps * tokens / seconds if seconds and steps and tokens else None
+    return decimal((plan.get("duration") or {}).get("tokens_per_second"))
 
 
 def named(gpus: list[dict]) -> str:

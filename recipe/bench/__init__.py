@@ -58,9 +58,9 @@ TELLING = re.compile(r"^(NCCL|PYTORCH|CUDA|TORCH|OMP)_")
 def run(arguments: Namespace) -> int:
     """Measure all that was asked for and print it. 1 where a worker failed; running out of memory is a result."""
     if arguments.suite:
-        from recipe.bench import suite
+        from recipe.bench import planned, suite
 
-        return suite.run(arguments)
+        return (planned if arguments.suite == planned.PLAN else suite).run(arguments)
     machine = probe(".")
     specs = specs_of(arguments, machine)
     say(f"{len(specs)} measurements: " + ", ".join(f"{spec.name} {spec.tokens}" for spec in specs))

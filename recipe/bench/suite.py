@@ -66,7 +66,7 @@ def run(arguments: Namespace) -> int:
 def requested(arguments: Namespace, machine: Machine) -> tuple[Spec, Path]:
     """What the measurements share, and the folder for the results. Raises UserError."""
     if arguments.suite != TWO_CARDS:
-        raise UserError(f"--suite is `{arguments.suite}`, expected {TWO_CARDS}")
+        raise UserError(f"--suite is `{arguments.suite}`, expected {TWO_CARDS} or plan")
     if given := [name for name in DECIDED if getattr(arguments, name)]:
         raise UserError(f"--{given[0]} cannot be given with --suite, which decides it; leave it out")
     if not arguments.output:

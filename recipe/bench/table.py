@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from typing import Any
-from xml.sax.saxutils import escape
 
 from recipe.bench.spec import EMULATIONS, OURS
+from recipe.svg import GREY, INK, ground, text
 
 WIDTH = 100
 LABELS = {
@@ -195,9 +195,9 @@ def figure(document: dict[str, Any]) -> str:
     for index, row in enumerate(rows):
         y = top + index * pitch
         middle = y + 12
-        parts.append(_text(left - 10, y + 17, f"{row['name']} {row['tokens']}", "#111827", "end"))
+        parts.append(text(left - 10, y + 17, f"{row['name']} {row['tokens']}", INK, "end"))
         if row["status"] != "measured":
-            parts.append(_text(left, y + 17, textwrap.shorten(verdict(row), 80), "#b45309"))
+            parts.append(text(left, y + 17, textwrap.shorten(verdict(row), 80), "#b45309"))
             continue
         length = row["tokens_per_second"] * scale
         ends = [left + row[f"tokens_per_second_{name}"] * scale for name in ("min", "max")]
@@ -208,12 +208,12 @@ def figure(document: dict[str, Any]) -> str:
             f'<rect x="{left}" y="{y}" width="{length:.1f}" height="24" fill="{COLORS[row["variant"]]}"/>',
             f'<path d="M{ends[0]:.1f} {middle}H{ends[1]:.1f}M{ends[0]:.1f} {middle - 4}v8'
             f'M{ends[1]:.1f} {middle - 4}v8" stroke="#111827" fill="none"/>',
-            _text(max(left + length, ends[1]) + 8, y + 17, label, "#111827"),
+            text(max(left + length, ends[1]) + 8, y + 17, label),
         ]
     cap = rows[0]["cap_gib"]
     foot = "median of the timed steps, line: slowest to fastest"
     foot += f"; GiB reserved per GPU, capped at {cap:g}" if cap else ""
-    parts += [_text(16, height - 16, foot, "#4b5563", size=11), "</svg>"]
+    parts += [text(16, height - 16, foot, GREY, size=11), "</svg>"]
     return "\n".join(parts) + "\n"
 
 
@@ -230,36 +230,29 @@ def time_figure(document: dict[str, Any]) -> str:
     y = top
     for row in rows:
         step = row["profile"]["step_ms"]
-        parts.append(_text(16, y + 16, f"{row['name']} {row['tokens']}: a step of {step:.0f} ms", "#111827"))
+        parts.append(text(16, y + 16, f"{row['name']} {row['tokens']}: a step of {step:.0f} ms"))
         y += pitch
         for each in shown[row["name"]]:
             alone = each["alone_ms"]
             said = f"{each['ms']:.0f} ms" + ("" if alone is None else f", alone {alone:.0f}")
             parts += [
-                _text(left - 10, y + 15, each["class"], "#111827", "end", 12),
+                text(left - 10, y + 15, each["class"], INK, "end", 12),
                 *(
                     f'<rect x="{left}" y="{y + 3}" width="{ms * scale:.1f}" height="{pitch - 6}" fill="{color}"/>'
                     for ms, color in ((each["ms"], "#a7d3b9"), (alone or 0.0, COLORS[OURS]))
                 ),
-                _text(left + each["ms"] * scale + 8, y + 15, said, "#111827", size=12),
+                text(left + each["ms"] * scale + 8, y + 15, said, size=12),
             ]
             y += pitch
         y += pitch
     foot = "kernels of one rank, one step under torch.profiler; dark: nothing else ran at that time"
-    parts += [_text(16, height - 12, foot, "#4b5563", size=11), "</svg>"]
+    parts += [text(16, height - 12, foot, GREY, size=11), "</svg>"]
     return "\n".join(parts) + "\n"
 
 
 def _ground(width: int, height: int, title: str, document: dict[str, Any]) -> list[str]:
     """The beginning of a figure: what it shows, of which model, on which machine."""
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" font-family="system-ui, sans-serif" font-size="13">',
-        f"<title>{escape(f'{title}: {model_line(document)}')}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _text(16, 26, title, "#111827", size=16),
-        _text(16, 46, f"{model_line(document)}; {machine_line(document)}", "#4b5563"),
-    ]
+    return ground(width, height, title, f"{model_line(document)}; {machine_line(document)}")
 
 
 def verdict_lines(verdicts: list[dict[str, Any]]) -> list[str]:
@@ -280,10 +273,3 @@ def verdict_lines(verdicts: list[dict[str, Any]]) -> list[str]:
         )
         for verdict in verdicts
     ]
-
-
-def _text(x: float, y: float, text: str, color: str, anchor: str = "start", size: int = 13) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}" font-size="{size}">'
-        f"{escape(text)}</text>"
-    )

@@ -7,20 +7,20 @@ runs at a card's full rate, so every time here is an "at least"; seconds.py says
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from recipe.errors import UserError
 from recipe.plan.shapes import ModelShape
 
 FORWARD = BACKWARD = RECOMPUTATION = 2  # FLOP per parameter and token
-
-
 COPY_GB_PER_SECOND = 12  # PCIe 4.0 x8, as a second card often has
 
 
 @dataclass(frozen=True)
 class Card:
-    """Dense 16-bit rate with fp32 accumulation (vendor figures; H100 and H200 as measured on 8192³ bf16).
+    """Dense 16-bit rate with fp32 accumulation, memory, and what it draws at most (the vendor's figures, or measured).
 
     fp16_factor: how much faster products are whose sums are fp16. link_gb_per_second: to the host and to other cards.
     """
@@ -28,9 +28,11 @@ class Card:
     name: str
     tflops: float
     memory_gib: int
-    memory_gb_per_second: int
+    memory_gb_per_second: float
+    watts: int
     fp16_factor: float = 1.0
     link_gb_per_second: float = COPY_GB_PER_SECOND
+    source: Literal["vendor", "measured", "calibrated"] = "vendor"  # calibrated: this very card, in its slot
 
     def product_rate(self, accumulate: str) -> float:
         """FLOP/s of matrix products under `compute.accumulate`."""
@@ -38,36 +40,56 @@ class Card:
 
 
 CARDS = [
-    # GeForce cards do half as much with fp32 sums as with fp16 ones; the others are as fast with either. The H100's link:
-    # 47 GB came from the host in 825 ms (docs/benchmarks.md).
-    Card("RTX 3090", 71, 24, 936, fp16_factor=2),
-    Card("RTX 4090", 165, 24, 1008, fp16_factor=2),
-    Card("RTX 5090", 209, 32, 1792, fp16_factor=2),
-    Card("A6000", 155, 48, 768),
-    Card("A100", 312, 80, 2039),
-    Card("H100", 790, 80, 3350, link_gb_per_second=56),
-    Card("H200", 790, 141, 4800, link_gb_per_second=56),
+    # GeForce cards do half as much with fp32 sums as with fp16 ones; the others are as fast with either.
+    Card("RTX 3060", 25.6, 12, 360, 170, fp16_factor=2),
+    Card("RTX 3080", 59.5, 10, 760, 320, fp16_factor=2),
+    Card("RTX 3090", 71, 24, 936, 350, fp16_factor=2),
+    Card("RTX 3090 Ti", 80, 24, 1008, 450, fp16_factor=2),
+    Card("RTX 4060 Ti", 44, 16, 288, 165, fp16_factor=2),
+    Card("RTX 4080", 97.5, 16, 717, 320, fp16_factor=2),
+    Card("RTX 4090", 165, 24, 1008, 450, fp16_factor=2),
+    Card("RTX 5080", 112.5, 16, 960, 360, fp16_factor=2),
+    Card("RTX 5090", 209, 32, 1792, 575, fp16_factor=2),
+    Card("RTX A5000", 111, 24, 768, 230),
+    Card("RTX A6000", 155, 48, 768, 300),
+    Card("A100", 312, 80, 2039, 400),
+    # Measured on 8192³ bf16; of the link: 47 GB came from the host in 825 ms (docs/benchmarks.md).
+    Card("H100", 790, 80, 3350, 700, link_gb_per_second=56, source="measured"),
+    Card("H200", 745, 141, 4800, 700, link_gb_per_second=56, source="measured"),
 ]
+
+
+def card_in(name: str) -> Card | None:
+    """The card that nvidia-smi calls so ("NVIDIA GeForce RTX 3090"); None where its rate is not known here."""
+    # "NVIDIA RTX A6000" and "NVIDIA A100-SXM4-80GB" contain their card's name; "RTX 6000 Ada" is another.
+    found = [card for card in CARDS if card.name in name]
+    return max(found, key=lambda card: len(card.name), default=None)
 
 
 def slowest_card(names: list[str]) -> Card | None:
     """The slowest of the cards that nvidia-smi calls so; None where the rate of one is not known here."""
-    # "NVIDIA RTX A6000" and "NVIDIA A100-SXM4-80GB" contain their card's name; "RTX 6000 Ada" is another.
-    cards = [next((card for card in CARDS if card.name in name), None) for name in names]
+    return slowest([card_in(name) for name in names])
+
+
+def slowest(cards: Sequence[Card | None]) -> Card | None:
+    """The one that the others wait for; None where one is not known."""
     known = [card for card in cards if card]
     return min(known, key=lambda card: card.tflops) if known and len(known) == len(cards) else None
 
 
 def card_called(name: str) -> Card:
     """Raises UserError where no rate of it is known here."""
-    found = next((card for card in CARDS if card.name.lower() == name.lower()), None)
+    wanted = name.strip().lower()
+    found = next((card for card in CARDS if wanted in (card.name.lower(), card.name.lower()[4:])), None)
     if found is None:
-        raise UserError(f"--card is `{name}`, expected one of {', '.join(card.name for card in CARDS)}")
+        raise UserError(
+            f"--gpu is `{name.strip()}`, expected one of {', '.join(card.name for card in CARDS)}"
+        )
     return found
 
 
 def card_with(vram_gib: float) -> Card | None:
-    """The slowest known card with about that much memory: for a machine that only exists on paper."""
+    """The slowest known card of that much memory that is used for this: for a machine that only exists on paper."""
     near = [card for card in CARDS if abs(card.memory_gib - vram_gib) <= 1]
     return min(near, key=lambda card: card.tflops, default=None)
 

@@ -17,7 +17,7 @@ from recipe.plan.shapes import ModelShape
 from recipe.settings import Settings
 
 # A card that is not known: what matters are the ratios, which are those of most.
-UNKNOWN = Card("unknown", 100, 24, 900)
+UNKNOWN = Card("unknown", 100, 24, 900, 0)
 MORE_OFFLOADED = 8  # layers: room on the device for what other layers keep
 TIGHT_CHUNK = 4096  # tokens of the MLP at once where there is room for one dequantised matrix only
 TIE = 1.015  # the seconds tell nothing finer: they miss what was measured by 1 to 4 %
@@ -58,8 +58,10 @@ def choose(
         # With less RAM than any needs, the least of it; with too small a device, the least of that.
         on_device = [placement for placement in candidates if room.on_device(placement)]
         return min(on_device or candidates, key=room.host_missing if on_device else room.device_missing)
-    # How fast a slot is, nobody knows before: a placement that counts on a fast one would crawl in a slow one.
-    card = dataclasses.replace(card or UNKNOWN, link_gb_per_second=COPY_GB_PER_SECOND)
+    card = card or UNKNOWN
+    if card.source != "calibrated":
+        # How fast a slot is, nobody knows: a placement that counts on a fast one would crawl in a slow one.
+        card = dataclasses.replace(card, link_gb_per_second=COPY_GB_PER_SECOND)
     seconds = {p: micro_batch_seconds(shape, settings, world_size, card, p).total for p in possible}
     limit = TIE * min(seconds.values())
     as_fast = [placement for placement in possible if seconds[placement] <= limit]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from recipe.plan import moments
 from recipe.plan.moments import FP32
 from recipe.plan.parts import GIB, Part
-from recipe.plan.placement import Placement, kept_bytes
+from recipe.plan.placement import EVERYTHING, NOTHING, Placement, kept_bytes, spread_before
 from recipe.plan.shapes import ModelShape
 from recipe.settings import Settings
 
@@ -27,11 +27,21 @@ LORA_PARTS = 8  # partial sums of a LoRA gradient (recipe/engine/kernels.py)
 # and channels.
 CUDA_CONTEXT_GIB = 0.5
 NCCL_GIB = 0.4
-# Between allocated and reserved 0.03 to 0.06 GiB were measured, and 0.2 more than the parts below at most.
+# Between allocated and reserved: 0.01 to 0.17 GiB in the settings of docs/benchmarks.md, "The plan against what happened".
 ALLOCATOR_SLACK_GIB = 0.2
-# Interpreter, torch, transformers, TRL and their arenas; on a GPU also CUDA's host side and the launcher.
-CPU_PROCESS_GIB = 1.5
-GPU_PROCESS_GIB = 2.0
+# Interpreter, torch, transformers, TRL and their arenas, of each rank; on a GPU also CUDA's host side, and NCCL's where
+# there are several. Measured on 16 trainings there: 1.20 to 1.23 alone, 1.36 to 1.44 of two (docs/benchmarks.md).
+CPU_RANK_GIB = 0.38
+GPU_RANK_GIB = 1.21
+NCCL_RANK_GIB = 0.19
+# `recipe train` itself and torchrun or accelerate's launcher: once. On a GPU machine both import CUDA's libraries.
+CPU_LAUNCHER_GIB = 0.5
+GPU_LAUNCHER_GIB = 1.0
+# A checkpoint is gathered on every rank: adapters and both moments; the rehearsal keeps the adapters of all ranks besides.
+GATHERED = 3
+# Preparing needs one process, which reads with many threads.
+CPU_PREPARE_GIB = 1.5
+GPU_PREPARE_GIB = 2.0
 SOURCE_FILE_BYTES = 5e9  # the usual size of a hub checkpoint's files
 # Besides the process: pieces of 8 MiB on their way (recipe/prepare/pipeline.py). 0.8 GiB in all were measured on a GPU
 # machine, 1.7 with 16 CPU workers, whatever the model's size.
@@ -88,17 +98,26 @@ def host_parts(
 
     The embedding is not: it is mapped from its file, one copy for all ranks, and the system may drop its pages.
     """
-    base = GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB
+    base = GPU_RANK_GIB + (NCCL_RANK_GIB if world_size > 1 else 0) if on_gpu else CPU_RANK_GIB
+    launcher = GPU_LAUNCHER_GIB if on_gpu else CPU_LAUNCHER_GIB
     width = compute_bytes(settings, on_gpu)
     weights = placement.offload_layers * layer_bytes(shape, settings)
     tokens = settings.micro_batch_tokens
-    saved = [kept_bytes(shape, keep, tokens, width) for keep in placement.keep[: placement.away_layers]]
+    saved = away_bytes(shape, tokens, width, placement)
+    # Not at one time, so the larger of the two.
+    lora = shape.lora_parameters(settings.lora.rank, settings.lora.target_modules) * FP32
+    checkpoint = lora * (1 + GATHERED * world_size) / GIB
+    embedded = tokens * shape.hidden * width * world_size / GIB
     parts = [
-        Part("processes", base * world_size, f"{world_size} × {base} GiB: Python, torch, libraries"),
+        Part("launcher", launcher, "recipe train and what starts the ranks"),
+        Part("processes", base * world_size, f"{world_size} × {base:.2f} GiB: Python, torch, libraries"),
+        Part("checkpoint", checkpoint, "gathered on each rank to be written")
+        if checkpoint >= embedded
+        else Part("embedded tokens", embedded, "rows of the embedding"),
         Part("offloaded layers", weights / GIB, f"{placement.offload_layers} of {shape.layers}, pinned"),
         Part(
             "activations",
-            sum(saved) * world_size / GIB,
+            saved * world_size / GIB,
             f"of {placement.away_layers} layers on each rank, pinned",
         ),
     ]
@@ -107,9 +126,26 @@ def host_parts(
     return [part for part in parts if part.gib > 0]
 
 
+def away_bytes(shape: ModelShape, tokens: int, width: int, placement: Placement) -> float:
+    """Of the activations of one rank in host RAM."""
+    keeping = spread_before(placement.layers, placement.keep_layers, placement.away_layers)
+    everything, nothing = (kept_bytes(shape, keep, tokens, width) for keep in (EVERYTHING, NOTHING))
+    return keeping * everything + (placement.away_layers - keeping) * nothing
+
+
+def page_cache_parts(shape: ModelShape, settings: Settings, on_gpu: bool) -> list[Part]:
+    """Host RAM that the system fills with files as long as nobody else wants it; no run fails for want of it."""
+    width = compute_bytes(settings, on_gpu)
+    checkpoint = shape.layers * layer_bytes(shape, settings)
+    return [
+        Part("embedding", shape.embedding_parameters * width / GIB, "mapped from its file, once per host"),
+        Part("NF4 checkpoint", checkpoint / GIB, "read once at the start; from the cache at the next"),
+    ]
+
+
 def prepare_gib(on_gpu: bool) -> float:
     """Peak host RAM of `recipe prepare`, which streams: it does not depend on the model."""
-    return (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) + PREPARE_PIECES_GIB
+    return (GPU_PREPARE_GIB if on_gpu else CPU_PREPARE_GIB) + PREPARE_PIECES_GIB
 
 
 def disk_parts(shape: ModelShape, settings: Settings) -> tuple[list[Part], list[Part]]:
@@ -162,7 +198,11 @@ def _static(
         Part("NF4 weights", linear * NF4_BYTES / world_size / GIB, layers),
         Part("NF4 constants", constants / world_size / GIB, layers),
         Part("layer buffers", buffers / GIB, "whole layers on their way: this one and the next"),
-        Part("dequantised weights", placement.slots * largest * width / GIB, f"{placement.slots} matrices"),
+        Part(
+            "dequantised weights",
+            placement.slots * largest * width / GIB,
+            "one matrix" if placement.slots == 1 else f"{placement.slots} matrices",
+        ),
         Part("lm_head", head / world_size / GIB, f"sharded over the vocabulary, {divided}"),
         Part("norms and biases", small * width / GIB, "whole on every rank"),
         Part("LoRA weights", lora * FP32 / world_size / GIB, f"fp32, {divided}"),

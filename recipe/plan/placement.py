@@ -5,6 +5,7 @@ The engine (recipe/engine) builds what stands here and decides nothing itself.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from recipe.plan.shapes import ModelShape
@@ -47,11 +48,18 @@ class Placement:
         return tuple(EVERYTHING if flag else NOTHING for flag in spread(self.layers, self.keep_layers))
 
 
+@functools.cache
 def spread(layers: int, count: int) -> tuple[bool, ...]:
     """`count` of `layers`, as evenly as whole numbers allow."""
     return tuple((i + 1) * count // layers != i * count // layers for i in range(layers))
 
 
+def spread_before(layers: int, count: int, end: int) -> int:
+    """How many of them are among the first `end` layers."""
+    return end * count // layers
+
+
+@functools.lru_cache(1024)
 def kept_bytes(shape: ModelShape, keep: frozenset[str], tokens: int, width: int) -> int:
     """Bytes of a layer's saved activations: its input and what it keeps besides; softmax statistics aside."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -31,6 +31,13 @@ DEQUANTISATION = 0.85
 # The embedding's rows, looked up on the host and copied from pageable memory before anything can compute: 67 MB in the
 # 29 ms of the step in which nothing did.
 EMBEDDING_GB_PER_SECOND = 2.3
+# What Python and the driver take to start the kernels of a layer's forward and backward, on an H200's host: 0.252 s for
+# 32 layers at 2,048 tokens, 0.362 s on two ranks (docs/benchmarks.md).
+LAUNCH_SECONDS = 0.0075
+LAUNCH_AWAY_SECONDS = 0.006  # besides, for a layer whose activations go to the host
+LAUNCH_GATHER_SECONDS = 0.0035  # besides, for a layer that is gathered
+# What a layer that keeps nothing computes again in its backward, of its forward: all but down_proj.
+AGAIN = 0.8
 # Of copies that hide, since memory bandwidth is shared: what the step took beyond the sum of its kinds.
 HIDDEN_COPIES = 0.02
 ADAMW_PASSES = 7  # over fp32: parameter, gradient and two moments read, all but the gradient written
@@ -50,6 +57,8 @@ class Seconds:
     exchange: float  # of hidden states for the loss, between the ranks; nothing computes meanwhile
     host_copies: float
     gathers: float
+    launches: float  # the host's; the card computes meanwhile
+    forward: float  # of the arithmetic, as a share
 
     @property
     def arithmetic(self) -> float:
@@ -61,10 +70,16 @@ class Seconds:
         return self.host_copies + self.gathers
 
     @property
+    def hidden_copies(self) -> float:
+        """Forward and backward need the same layers, half of the copies each, and hide them behind their own arithmetic."""
+        phases = (self.forward * self.arithmetic, (1 - self.forward) * self.arithmetic)
+        return sum(min(self.copies / 2, phase) for phase in phases)
+
+    @property
     def total(self) -> float:
-        hidden = min(self.copies, self.arithmetic)
+        hidden = self.hidden_copies
         waits = self.embedding + self.exchange + self.copies - hidden
-        return self.arithmetic + HIDDEN_COPIES * hidden + waits
+        return max(self.arithmetic + HIDDEN_COPIES * hidden + waits, self.launches)
 
 
 def micro_batch_seconds(
@@ -88,6 +103,10 @@ def micro_batch_seconds(
         exchange=(world_size - 1) * (embedded + tokens * shape.hidden * FP32) / link,
         host_copies=_host_bytes(shape, settings, world_size, placement) / link,
         gathers=_gathered_bytes(shape, settings, world_size) / link,
+        launches=shape.layers * (LAUNCH_SECONDS + (LAUNCH_GATHER_SECONDS if world_size > 1 else 0))
+        + placement.away_layers * LAUNCH_AWAY_SECONDS,
+        # The backward has as many products as the forward, since frozen weights need no gradient.
+        forward=1 / (2 + AGAIN * (1 - placement.keep_layers / shape.layers)),
     )
 
 
@@ -95,10 +114,14 @@ def step_seconds(
     shape: ModelShape, settings: Settings, world_size: int, card: Card, placement: Placement
 ) -> float:
     """An optimizer step: its micro-batches, one after another, and AdamW over the rank's share of LoRA."""
-    lora = shape.lora_parameters(settings.lora.rank, settings.lora.target_modules) / world_size
-    adamw = ADAMW_PASSES * lora * FP32 / (card.memory_gb_per_second * 1e9)
     micro_batch = micro_batch_seconds(shape, settings, world_size, card, placement)
+    adamw = adamw_seconds(shape, settings, world_size, card)
     return settings.accumulation(world_size) * micro_batch.total + adamw
+
+
+def adamw_seconds(shape: ModelShape, settings: Settings, world_size: int, card: Card) -> float:
+    lora = shape.lora_parameters(settings.lora.rank, settings.lora.target_modules) / world_size
+    return ADAMW_PASSES * lora * FP32 / (card.memory_gb_per_second * 1e9)
 
 
 def _attention_flop(shape: ModelShape, tokens: int, document: int, placement: Placement) -> float:
@@ -143,11 +166,7 @@ def _dequantised_bytes(shape: ModelShape, settings: Settings, placement: Placeme
 def _host_bytes(shape: ModelShape, settings: Settings, world_size: int, placement: Placement) -> float:
     """The rank's slices of offloaded layers, for the forward and the backward; activations, there and back."""
     width, tokens = memory.compute_bytes(settings, on_gpu=True), settings.micro_batch_tokens
-    away = sum(
-        memory.kept_bytes(shape, keep, tokens, width)
-        for keep, is_away in zip(placement.keep, placement.away, strict=True)
-        if is_away
-    )
+    away = memory.away_bytes(shape, tokens, width, placement)
     return 2 * (placement.offload_layers * memory.layer_bytes(shape, settings) / world_size + away)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class ModelShape:
     attention_bias: bool = False
     family: str = "llama"
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each quantised linear layer of one decoder layer."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -55,7 +56,7 @@ class ModelShape:
             "down_proj": (self.hidden, self.intermediate),
         }
 
-    @property
+    @cached_property
     def layer_linear_parameters(self) -> int:
         """Parameters of one layer that become NF4."""
         return sum(outputs * inputs for outputs, inputs in self.linears.values())

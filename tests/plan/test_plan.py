@@ -2,18 +2,15 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-import time
 
 import pytest
 
 from recipe.errors import UserError
 from recipe.hardware import Gpu, probe
-from recipe.plan import make_plan, render
+from recipe.plan import make_plan, render, target_of, ways_out
 from recipe.plan.budget import KEEP_SHARE
 from recipe.plan.cards import card_with, slowest_card
-from recipe.plan.choose import UNKNOWN
+from recipe.plan.choose import TIE, UNKNOWN
 from recipe.plan.memory import device_parts
 from recipe.plan.placement import Placement
 from recipe.plan.seconds import micro_batch_seconds
@@ -101,7 +98,11 @@ def test_a_sequence_of_32768_tokens_needs_host_ram_for_the_layers_inputs():
     assert plan.fits and 0 < plan.placement.offload_layers < 80
     assert on_paper(1, ram_gib=72.0, **long).fits
     (reason,) = on_paper(ram_gib=64.0, **long).reasons
-    assert reason.startswith("host RAM: ") and "data.max_length of 16384, or 93 GiB of RAM" in reason
+    assert reason.startswith("host RAM: ") and "biggest: activations" in reason
+    changes = [
+        way.change for way in ways_out(settings(**long), target_of(gpus=2, vram_gib=24.0, ram_gib=64.0))
+    ]
+    assert changes[:2] == ["--set train.micro_batch_tokens=16384", "96 GiB of RAM"]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +174,14 @@ def test_nothing_is_offloaded_where_there_is_room():
 
 @pytest.mark.parametrize("ram_gib", [30.0, 34.0, 40.0, 64.0, 128.0])
 def test_little_ram_is_not_overfilled(ram_gib):
-    """Neither with weights nor with activations; more RAM keeps more of these."""
+    """Neither with weights nor with activations; more RAM is never slower."""
     for tokens in (1024, 4096):
         plan = on_paper(1, ram_gib=ram_gib, train={"micro_batch_tokens": tokens})
         less = on_paper(1, ram_gib=ram_gib - 2, train={"micro_batch_tokens": tokens})
         assert plan.fits
         if plan.placement.keep_layers and plan.placement.away_layers:  # that only saves time
             assert sum(part.gib for part in plan.host_parts) <= ram_gib * KEEP_SHARE
-        assert less.placement.keep_layers <= plan.placement.keep_layers
+        assert plan.duration.tokens_per_second * TIE >= less.duration.tokens_per_second
 
 
 def test_more_ram_keeps_more_activations():
@@ -210,57 +211,68 @@ def test_more_cards_mean_less_on_each():
 
 def test_more_tokens_and_a_larger_rank_mean_more():
     fixed = {"compute": FIXED, "vram_gib": 80.0}
-    base = on_paper(**fixed).vram_needed_gib
+    base = on_paper(**fixed, train={"micro_batch_tokens": 1024}).vram_needed_gib
+    few = {"train": {"micro_batch_tokens": 1024}}
     assert on_paper(**fixed, train={"micro_batch_tokens": 4096}).vram_needed_gib > base + 3
-    assert on_paper(**fixed, lora={"rank": 64}).vram_needed_gib > base + 2
-    assert on_paper(vram_gib=80.0, compute=FIXED | {"dtype": "fp32"}).vram_needed_gib > base + 1
+    assert on_paper(**fixed, **few, lora={"rank": 64}).vram_needed_gib > base + 2
+    assert on_paper(vram_gib=80.0, **few, compute=FIXED | {"dtype": "fp32"}).vram_needed_gib > base + 1
 
 
 def test_the_peak_is_the_largest_moment_of_a_step():
     def moment(tokens, **compute):
-        plan = on_paper(vram_gib=80.0, train={"micro_batch_tokens": tokens}, compute=compute)
+        train = {"micro_batch_tokens": tokens, "global_batch_tokens": 2 * tokens}
+        plan = on_paper(vram_gib=80.0, train=train, compute=compute)
         return {part.name for part in plan.device_parts} & {"loss", "MLP backward", "attention backward"}
 
-    assert moment(8192, keep_layers=0) == {"attention backward"}
+    assert moment(32768, keep_layers=0) == {"attention backward"}
     assert moment(4096, keep_layers=0) == {"loss"}
     assert moment(1024, keep_layers=80) == {"loss"}  # before it, the forward has saved all
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_model_of_few_layers_has_a_peak_too(layers):
+    shape = dataclasses.replace(shape_of("llama-3.1-8b"), layers=layers)
+    for away, keep in ((0, 0), (layers, 0), (1, layers)):
+        placement = Placement(layers, away_layers=away, keep_layers=keep)
+        assert sum(part.gib for part in device_parts(shape, settings(), 1, True, placement)) > 1
 
 
 def test_a_card_that_is_too_small_is_told_what_would_fit():
     plan = on_paper(1, vram_gib=6.0)
     (reason,) = plan.reasons
-    for part in ("8.1 GiB needed on each GPU, 6.0 there", "lm_head 2.0", "3 such GPUs", "9 GiB or more"):
-        assert part in reason
+    assert "8.1 GiB needed on each GPU, 6.0 there" in reason and "lm_head 2.0" in reason
     assert on_paper(1, vram_gib=plan.vram_needed_gib + 0.01).fits
 
 
 def test_fewer_tokens_are_suggested_where_they_help():
     few = {"gpus": 1, "vram_gib": 6.0, "ram_gib": 6.0, "model": "meta-llama/Llama-3.1-8B"}
     (reason,) = on_paper(**few, train={"micro_batch_tokens": 16384}).reasons
-    assert "micro_batch_tokens and data.max_length of 4096" in reason
+    assert reason.startswith("host RAM: 9.6 GiB needed, 6.0 there; biggest: activations 3.9")
     assert on_paper(**few, train={"micro_batch_tokens": 4096}).fits
 
 
 def test_ram_and_disk_are_reasons_too():
-    plan = make_plan(settings(), gpus=2, vram_gib=48, ram_gib=4, disk_gib=10)
+    plan = make_plan(settings(), gpus=2, vram_gib=48, ram_gib=10, disk_gib=10)
     ram, disk = plan.reasons
-    assert ram.startswith("host RAM: 5.0 GiB needed, 4.0 there; biggest: processes 4.0")
+    assert ram.startswith("host RAM: 10.2 GiB needed, 10.0 there; biggest: checkpoint 5.4, processes 2.8")
     assert disk.startswith("disk: 176.7 GiB needed, 10.0 free; biggest: source checkpoint 131.4")
-    (ram,) = make_plan(settings(), gpus=1, vram_gib=48, ram_gib=3, disk_gib=500).reasons
+    small = settings(model={"id": "meta-llama/Llama-3.1-8B"}, lora={"rank": 4})
+    (ram,) = make_plan(small, gpus=1, vram_gib=48, ram_gib=3, disk_gib=500).reasons
     assert ram.startswith("host RAM: 3.5 GiB needed, 3.0 there; the most while preparing the model")
 
 
 def test_70b_on_a_cpu_is_refused_with_the_way_out():
     plan = make_plan(settings(), gpus=0, ram_gib=32)
     assert plan.device == "cpu" and plan.world_size == 2 and not plan.fits
-    assert "host RAM" in plan.reasons[0] and "--gpus N --vram-gib G" in plan.reasons[0]
+    assert "host RAM" in plan.reasons[0]
+    assert "1 GPU of 24 GiB" in [way.change for way in ways_out(settings(), target_of(gpus=0, ram_gib=32))]
 
 
 def test_the_demo_fits_8_gb_on_two_cpu_ranks():
     batch = {"global_batch_tokens": 1024, "micro_batch_tokens": 512}
     plan = make_plan(settings("demo", data={"max_length": 256}, train=batch), gpus=0, ram_gib=8 * 0.93)
     assert plan.fits and plan.world_size == 2 and plan.accumulation == 1
-    assert plan.floor_seconds is None
+    assert plan.duration is None
     assert (plan.placement.keep_layers, plan.placement.offload_layers) == (30, 0)
 
 
@@ -276,7 +288,8 @@ def test_layers_can_be_offloaded_on_a_cpu_too_and_are_counted_once():
 
 def test_the_machine_is_taken_where_nothing_else_is_said():
     plan = make_plan(settings(), machine(gpus=[card("NVIDIA GeForce RTX 3090"), card("RTX 3090", 23.5)]))
-    assert (plan.world_size, plan.vram_gib, plan.card, plan.card_assumed) == (2, 23.5, "RTX 3090", False)
+    assert (plan.world_size, plan.vram_each_gib, plan.vram_gib) == (2, (24.0, 23.5), 23.5)
+    assert plan.cards == ("RTX 3090", "RTX 3090") and not plan.cards_assumed
     assert make_plan(settings("demo"), machine(gpus=[])).device == "cpu"
 
 
@@ -295,13 +308,13 @@ def test_time_is_the_floor_of_arithmetic():
     # 4 × 69.5e9 FLOP per token and up to 2 × 49.7e9 for what is computed again, at 2 × 71 TFLOP/s.
     def rate(keep_layers):
         plan = on_paper(vram_gib=24.0, compute={"keep_layers": keep_layers})
-        assert plan.card == "RTX 3090" and plan.card_assumed
-        return 100 * 16384 / plan.floor_seconds
+        assert set(plan.cards) == {"RTX 3090"} and plan.cards_assumed
+        return 100 * 16384 / plan.duration.floor_seconds
 
     assert rate(0) == pytest.approx(142e12 / (4 * 69.5e9 + 2 * 49.66e9), rel=1e-3)
     assert rate(80) == pytest.approx(142e12 / (4 * 69.5e9), rel=1e-3)
     assert rate(0) < rate(40) < rate(80)
-    assert on_paper(train={"steps": None, "epochs": 1}).floor_seconds is None
+    assert on_paper(train={"steps": None, "epochs": 1}).duration.floor_seconds is None
 
 
 def test_mixed_cards_go_at_the_pace_of_the_slowest():
@@ -332,7 +345,9 @@ def test_a_prepared_model_needs_no_disk_again_and_gives_its_shape(tmp_path):
         ({"gpus": 2}, "add --vram-gib"),
         ({"gpus": -1}, "--gpus is -1"),
         ({"gpus": 1, "vram_gib": 0}, "--vram-gib is 0"),
-        ({"gpus": 1, "vram_gib": 24, "card_name": "RTX 9"}, "--card is `RTX 9`, expected one of RTX 3090, "),
+        ({"gpus": 1, "vram_gib": 24, "card_names": "RTX 9"}, "--gpu is `RTX 9`, expected one of RTX 3060, "),
+        ({"gpus": 3, "vram_gib": [24, 16]}, "names 2 values for 3 GPUs, expected one, or one for each"),
+        ({"gpus": 2, "card_names": ["3090", "4090", "3060"]}, "--gpu names 3 values for 2 GPUs"),
         ({"vram_gib": 24}, "expected --gpus as well"),
         ({"gpus": 3, "vram_gib": 24}, "expected a multiple of 3072"),
     ],
@@ -360,18 +375,3 @@ def test_the_plan_as_json_says_where_everything_lies():
     assert found["device_gib"] == plan.device_gib
     assert Placement(**found["placement"]) == plan.placement  # what `recipe train` gives to its ranks
     assert found["placement"]["layers"] == 80 and found["placement"]["offload_layers"] > 0
-
-
-def test_a_plan_takes_less_than_a_second_and_no_torch():
-    code = (
-        "import sys\n"
-        "from recipe.settings import load\n"
-        "from recipe.plan import make_plan, render\n"
-        "render(make_plan(load('recipe/configs/llama-3.1-70b.yaml'), gpus=2, vram_gib=24, ram_gib=64))\n"
-        "print(*sys.modules)"
-    )
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - start
-    assert not {"torch", "transformers", "numpy"} & set(done.stdout.split())
-    assert seconds < 1, f"{seconds:.2f} s"

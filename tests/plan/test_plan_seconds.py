@@ -1,6 +1,7 @@
 """The predicted seconds: near the measured ones, and moved by what moves them on a machine."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from recipe.plan import make_plan
 from recipe.plan.budget import choose_placement
 from recipe.plan.cards import CARDS, floor_seconds
+from recipe.plan.choose import TIE
+from recipe.plan.duration import HOST_WATTS, duration
 from recipe.plan.memory import outside_allocator
 from recipe.plan.parts import total_gib
 from recipe.plan.placement import Placement
@@ -62,7 +65,7 @@ class Measured:
         return choose_placement(self.shape, self.settings, self.ranks, vram_gib, self.ram_gib, H100)
 
 
-HEADLINE = Measured(2.828, 2.838, LLAMA_70B, 4096, ram_gib=42)
+HEADLINE = Measured(2.828, 2.838, LLAMA_70B, 4096, ram_gib=42, placement=Placement(80, 47, 77, 0, 2048, 3))
 NO_CAP = Measured(2.425, 2.463, LLAMA_70B, 4096, cap_gib=78)
 RESIDENT = Placement(80, 0, 80, 0, 4096, 1)  # on two cards: 8,192 tokens, nothing offloaded
 # Rank 0 of 2 whose peer does not exist: what it "gathers" is NaN from the first layer on, on which an H100 draws less
@@ -110,8 +113,13 @@ def test_the_headlines_parts_are_what_the_profiler_saw():
     assert parts == pytest.approx([2.104, 0.213, 0.274, 0.131, 0.925], rel=0.03)
 
 
-def test_the_measured_placements_are_what_auto_chooses():
-    assert HEADLINE.placed() == Placement(80, 47, 77, 0, 2048, 3)
+def test_auto_is_as_fast_as_what_was_measured():
+    auto = dataclasses.replace(HEADLINE, placement=None)
+    seconds = [
+        step_seconds(LLAMA_70B, HEADLINE.settings, 1, H100, place)
+        for place in (auto.placed(), HEADLINE.placed())
+    ]
+    assert seconds[0] <= seconds[1] * TIE
     assert NO_CAP.placed() == Placement(80, 0, 0, 50, 2048, 3)
 
 
@@ -175,15 +183,60 @@ def test_copies_cost_what_they_take_longer_than_arithmetic():
 
 
 def test_the_plan_says_the_time_of_the_whole_run():
-    def plan(**train):
+    def lasts(**train):
         settings = from_dict(
             {"model": "meta-llama/Llama-3.1-70B", "train": {"micro_batch_tokens": 4096, **train}}
         )
-        return make_plan(settings, gpus=2, vram_gib=24.0, ram_gib=64.0)
+        return make_plan(settings, gpus=2, vram_gib=24.0, ram_gib=64.0).duration
 
-    hundred = plan(steps=100)
-    assert hundred.predicted_seconds > hundred.floor_seconds
-    assert plan(steps=200).predicted_seconds == pytest.approx(2 * hundred.predicted_seconds)
-    twice = plan(steps=100, global_batch_tokens=32768)  # AdamW's share is the same
-    assert twice.predicted_seconds == pytest.approx(2 * hundred.predicted_seconds, rel=1e-3)
-    assert plan(steps=None, epochs=1).predicted_seconds is None
+    hundred = lasts(steps=100)
+    assert hundred.run_seconds == 100 * hundred.step_seconds > hundred.floor_seconds
+    assert lasts(steps=200).run_seconds == pytest.approx(2 * hundred.run_seconds)
+    twice = lasts(steps=100, global_batch_tokens=32768)  # AdamW's share is the same
+    assert twice.run_seconds == pytest.approx(2 * hundred.run_seconds, rel=1e-3)
+    assert lasts(steps=None, epochs=1).run_seconds is None
+
+
+def test_an_epoch_is_counted_in_characters(tmp_path):
+    rows = [{"prompt": "a" * 60, "completion": "b" * 340}] * 1000  # 100 tokens each
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def lasts(**data):
+        settings = from_dict(
+            {
+                "model": "meta-llama/Llama-3.1-70B",
+                "data": {"path": str(file), **data},
+                "train": {"steps": None, "epochs": 3, "global_batch_tokens": 4096},
+            }
+        )
+        return make_plan(settings, gpus=2, vram_gib=24.0, ram_gib=64.0).duration
+
+    assert lasts(eval_fraction=0.0).epoch_steps == pytest.approx(100_000 / 4096)
+    assert lasts(eval_fraction=0.5).epoch_steps == pytest.approx(50_000 / 4096)
+    assert lasts(eval_fraction=0.0).steps == 73
+    file.write_text("")
+    assert lasts().epoch_steps is None
+
+
+def test_the_part_that_limits_is_named():
+    def limit(link, tokens, offload, name="RTX 4090"):
+        card = dataclasses.replace(BY_NAME[name], link_gb_per_second=link)
+        settings = run(tokens)
+        return duration(LLAMA_70B, settings, 1, (card,), card, Placement(80, offload)).limited_by
+
+    assert limit(12, 4096, 40).startswith("arithmetic")
+    assert limit(1, 4096, 40).startswith("copies to and from the host")
+    assert limit(56, 64, 0, "H200").startswith("the host, which starts the kernels")
+    two = dataclasses.replace(BY_NAME["RTX 4090"], link_gb_per_second=1)
+    gathered = duration(LLAMA_70B, run(4096, ranks=2), 2, (two, two), two, Placement(80))
+    assert gathered.limited_by.startswith("gathers between the cards")
+
+
+def test_energy_is_every_card_at_its_limit():
+    settings = from_dict({"model": "meta-llama/Llama-3.1-70B"})
+    lasts = make_plan(settings, gpus=2, card_names=["3090", "4090"], ram_gib=64.0).duration
+    assert lasts.watts == 350 + 450 + HOST_WATTS
+    assert lasts.run_kwh == pytest.approx(lasts.watts * lasts.run_seconds / 3.6e6)
+    assert not lasts.measured
+    assert make_plan(settings, gpus=1, card_names="H100", ram_gib=64.0).duration.measured

@@ -63,11 +63,11 @@ def test_gpu_memory():
     assert one("gpu memory")[0] == "ok"
     status, words = one("gpu memory", {"gpus.1.memory_gib": 12})
     assert status == "fail" and "12 GiB the smallest, 36 in all; 24.0 GiB on each" in words
-    reasons = ["GPU memory: 24.0 GiB needed on each GPU, 12.0 there; would fit: 3 such GPUs", "disk: …"]
-    assert (
-        "would fit: 3 such GPUs"
-        in one("gpu memory", {"gpus.1.memory_gib": 12}, plan=PLAN | {"reasons": reasons})[1]
-    )
+    reasons = ["GPU memory: 24.0 GiB needed on each GPU, 12.0 there", "disk: …"]
+    ways = [{"change": "1 more GPU of 12 GiB"}, {"change": "GPUs with 16 GiB"}]
+    plan = PLAN | {"reasons": reasons, "ways": ways}
+    words = one("gpu memory", {"gpus.1.memory_gib": 12}, plan=plan)[1]
+    assert words.endswith("12.0 there; would fit: 1 more GPU of 12 GiB, or GPUs with 16 GiB")
     assert one("gpu memory", {"gpus.1.memory_gib": None})[0] == "skip"
     assert one("gpu memory", plan=None)[0] == "ok"
 

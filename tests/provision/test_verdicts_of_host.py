@@ -116,10 +116,11 @@ def test_a_kernel_so_old_that_apt_has_no_headers_for_it():
 
 def test_ram():
     assert one("ram")[0] == "ok"
-    reasons = ["host RAM: 40.0 GiB needed, 31.1 there; would fit: 2 such GPUs, or 40 GiB of RAM"]
-    plan = PLAN | {"ram_needed_gib": 40.0, "reasons": reasons, "fits": False}
+    reasons, ways = ["host RAM: 40.0 GiB needed, 31.1 there"], [{"change": "40 GiB of RAM"}]
+    plan = PLAN | {"ram_needed_gib": 40.0, "reasons": reasons, "ways": ways, "fits": False}
     status, words = one("ram", {"ram_gib": 31.1}, plan=plan)
     assert status == "fail" and "31.1 GiB; 40.0 GiB for the plan; host RAM: 40.0 GiB needed" in words
+    assert words.endswith("31.1 there; would fit: 40 GiB of RAM")
     assert one("ram", settings={"ram_needed_gib": "200"})[0] == "fail"  # instead of the plan's
     assert one("ram", plan=None)[0] == "skip"
 

@@ -71,9 +71,7 @@ PLAN = {
     "ram_needed_gib": 14.25,
     "vram_needed_gib": 23.99,
     "placement": {"offload_layers": 0, "away_layers": 0},
-    "predicted_seconds": 5221.0,
-    "steps": 100,
-    "tokens_per_step": 16384,
+    "duration": {"tokens_per_second": 100 * 16384 / 5221.0},
 }
 SETTINGS = {"driver_branch": 580, "gpus_wanted": None, "reboot": "ask"}
 
