@@ -24,6 +24,7 @@ from recipe.engine.head import VocabularyHead
 from recipe.engine.layer import FusedLayer, Workspace
 from recipe.engine.layout import MODULES, Layout
 from recipe.engine.lora import Adapters
+from recipe.engine.marks import Mark, unmarked
 from recipe.engine.memory import EmbeddingTable
 from recipe.engine.nf4 import NF4Linear
 from recipe.engine.plain import PlainLayer
@@ -40,7 +41,7 @@ class Build:
     """How an engine is to be built.
 
     dtype: of the arithmetic; LoRA masters are fp32 and reduced in fp32. attention: `varlen` or `sdpa`. max_tokens: of
-    the longest micro-batch. kernels: `fused` or `plain`.
+    the longest micro-batch. kernels: `fused` or `plain`. mark: told what begins.
     """
 
     lora: Lora
@@ -51,6 +52,7 @@ class Build:
     placement: Placement
     max_tokens: int
     kernels: str = "fused"
+    mark: Mark = unmarked
 
     @property
     def world(self) -> int:
@@ -109,6 +111,7 @@ def make_engine(
         activations=Activations(slots, device, streams),
         placement=placement,
         dropout=lora.dropout,
+        mark=build.mark,
     )
     for (layer, module, kind), parameter in adapters.parameters.items():
         place = core.model.layers[layer].get_submodule(MODULES[module])

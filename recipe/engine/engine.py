@@ -20,6 +20,7 @@ from recipe.engine.attention import Documents
 from recipe.engine.head import VocabularyHead
 from recipe.engine.layer import Kept, Pass
 from recipe.engine.lora import Adapters, LoraView
+from recipe.engine.marks import Mark, unmarked
 from recipe.engine.memory import EmbeddingTable
 from recipe.engine.weights import LayerStore, LayerView
 from recipe.plan.placement import NOTHING, Placement
@@ -96,11 +97,12 @@ class Engine:
         activations: Activations,
         placement: Placement,
         dropout: float,
+        mark: Mark = unmarked,
     ):
         self.store, self.adapters, self.embedding, self.rotary = store, adapters, embedding, rotary
         self.norm, self.head, self.eps = norm, head, eps
         self.arithmetic, self.activations, self.placement = arithmetic, activations, placement
-        self.dropout = dropout
+        self.dropout, self.mark = dropout, mark
         # Something that autograd follows: the real parameters get their gradients from us.
         self._anchor = torch.zeros((), device=adapters.device, requires_grad=True)
 
@@ -124,17 +126,20 @@ class Engine:
         self.activations.clear()
         self.store.begin()
         for i, keep in enumerate(self.placement.keep):
+            self.mark("gather for forward layer", i)
             layer = self.store.use(i, 1)
+            self.mark("forward layer", i)
             out, kept = self.arithmetic.forward(x, layer, step, keep if recording else NOTHING)
             self.store.done()
             if recording:
                 self.activations.save(i, {"x": x, **kept})
             x, kept = out, {}
+        self.mark("gather for the head")
         # A row without labels still takes part in what ranks do together.
         labelled = batch.labelled
         hidden = x[labelled]
         losses, gradient = self.head.loss(
-            kernels.rms_norm(hidden, self.norm, self.eps), batch.targets, recording
+            kernels.rms_norm(hidden, self.norm, self.eps), batch.targets, recording, self.mark
         )
         if gradient is not None:
             gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
@@ -146,7 +151,9 @@ class Engine:
         for i in reversed(range(len(self.placement.keep))):
             self.activations.fetch(i)
             self.activations.fetch(i - 1)
+            self.mark("gather for backward layer", i)
             layer = self.store.use(i, -1)
+            self.mark("backward layer", i)
             kept = self.activations.take(i)
             sink = self.adapters.empty_gradient()
             grad = self.arithmetic.backward(grad, kept.pop("x"), kept, layer, left.step, sink)
@@ -154,6 +161,7 @@ class Engine:
             # In fp32: fp16 would lose what a mean over many tokens leaves of a gradient.
             sink.run.mul_(scale)
             self.adapters.add_gradient(i, sink)
+        self.mark("reduce-scatter of the last gradients")
         self.adapters.end_backward()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from recipe.engine.marks import Mark, unmarked
 from recipe.engine.products import mm32
 from recipe.engine.rows import rows_of_rank, rows_per_rank
 
@@ -26,7 +27,7 @@ class VocabularyHead:
         widest = rows_per_rank(vocab, self.world)
         self.chunk = chunk or max(16, LOGITS_BYTES // (4 * widest * self.world) // 16 * 16)
 
-    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, backward: bool):
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, backward: bool, mark: Mark = unmarked):
         """hidden (tokens, hidden), targets (tokens,) -> losses (tokens,) fp32, and with `backward` the gradient of
         their sum with respect to hidden, else None. A collective: ranks may have different numbers of tokens.
         """
@@ -34,6 +35,7 @@ class VocabularyHead:
         gradient = torch.empty_like(hidden) if backward else None
         losses = torch.empty(len(hidden), device=hidden.device)
         for start in range(0, max(counts), self.chunk):
+            mark("head and loss, chunk", start // self.chunk)
             own = slice(start, min(start + self.chunk, len(hidden)))
             rows = min(self.chunk, max(counts) - start)
             h, t = self._gather(hidden[own], targets[own], rows)

@@ -41,16 +41,20 @@ def load_sharded(folder: Path, build: Build, seed: int) -> PeftModel:
         shape = shape_from_config(json.loads((folder / "config.json").read_text()), f"{folder}/config.json")
         size = (shape.vocab, shape.hidden)
         nested = _is_nested(checkpoint)
+        build.mark("build the model")
         embedding = EmbeddingTable.from_checkpoint(checkpoint, EMBEDDING, size)
         model = make_engine(model_config(folder), shape, build, nested, embedding)
         read_layers(model, checkpoint, build.rank)
         first, last = rows_of_rank(shape.vocab, build.world, build.rank)
+        build.mark("check embedding")
         if not shape.tied:  # else the head is read from it
             row = shape.hidden * checkpoint.stored(EMBEDDING).dtype.itemsize
             checkpoint.verify(EMBEDDING, first * row, last * row)
+        build.mark("load head")
         head = EMBEDDING if shape.tied else HEAD
         model.engine.head.weight.copy_(checkpoint.read_rows(head, size, first, last))
         model.engine.norm.copy_(checkpoint.read(NORM, (shape.hidden,)))
+        build.mark("start adapters")
         start_adapters(model.engine.adapters, seed)
     return model
 
@@ -107,8 +111,9 @@ def read_layers(model: PeftModel, checkpoint: Checkpoint, rank: int) -> None:
         for piece in store.layout.pieces.values():
             _check_size(checkpoint, f"model.layers.{index}.{piece.key}", piece.size)
     with ThreadPoolExecutor(READERS) as readers:
-        for _ in readers.map(read, range(len(store.shards))):
-            pass
+        engine.mark("load layer", 0)
+        for done, _ in enumerate(readers.map(read, range(len(store.shards))), 1):
+            engine.mark("load layer", done)
 
 
 def _check_size(checkpoint: Checkpoint, name: str, expected: int) -> None:

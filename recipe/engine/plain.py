@@ -50,6 +50,7 @@ class PlainLayer:
 
     def _run(self, x: torch.Tensor, layer: LayerView, lora: dict[str, torch.Tensor], step: Pass):
         module = self.layers[layer.index]
+        module.train(step.dropout > 0)  # PEFT's dropout goes by this mode, and evaluation has none
         tensors = dict(layer.small)
         for name in list(tensors):
             folder, _, key = name.rpartition(".")

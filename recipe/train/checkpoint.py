@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from recipe.engine.marks import Mark, unmarked
 from recipe.engine.rows import rows_of_rank
 from recipe.errors import UserError
 from recipe.files import read_json, sha256_of, write_json, write_text, written_aside
@@ -33,6 +34,7 @@ RNG = "rng.safetensors"
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"  # transformers reads it from the checkpoint's folder by this name
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SYNC = "sync what was written"  # the mark of the one operation that writes to the disk and makes no mark meanwhile
 
 
 def adapter_name(parameter_name: str) -> str:
@@ -52,9 +54,13 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return whole.detach().cpu().contiguous()
 
 
-def gather_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+def gather_adapters(model: nn.Module, mark: Mark = unmarked) -> dict[str, torch.Tensor]:
     """All LoRA parameters, whole, in fp32 (a collective)."""
-    return {name: gather(parameter) for name, parameter in trained_parameters(model)}
+    adapters = {}
+    for name, parameter in trained_parameters(model):
+        mark("gather adapters")
+        adapters[name] = gather(parameter)
+    return adapters
 
 
 def save(
@@ -64,20 +70,29 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     trainer_state: str,
+    mark: Mark = unmarked,
+    mark_alone: Mark = unmarked,
 ) -> None:
-    """Write a checkpoint (a collective; rank 0 writes). `trainer_state` is transformers' own, as JSON."""
-    adapters = gather_adapters(model)
+    """Write a checkpoint (a collective; rank 0 writes). `trainer_state` is transformers' own, as JSON.
+
+    mark and mark_alone are told what begins: on all ranks alike, and on rank 0 alone.
+    """
+    adapters = gather_adapters(model, mark)
     moments: dict[str, torch.Tensor] = {}
     held = optimizer.state[runs.flat]
     for name, parameter in trained_parameters(model):
+        mark("gather moments")
         for key in MOMENTS:
             moments[f"{name}.{key}"] = gather(runs.part_of(held[key], parameter))
     moments["step"] = held["step"].detach().cpu().reshape(1)
+    mark("gather random states")
     random_states: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(random_states, _random_state())
     if dist.get_rank() == 0:
         with written_aside(folder) as aside:
+            mark_alone("write adapters")
             save_file(adapters, aside / ADAPTERS, metadata={"format": "pt"})
+            mark_alone("write moments")
             save_file(moments, aside / OPTIMIZER)
             save_file(
                 {
@@ -88,9 +103,12 @@ def save(
                 aside / RNG,
             )
             write_text(aside / TRAINER_STATE, trainer_state)
+            mark_alone("hash what was written")
             hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
             whole = {**state, "world_size": dist.get_world_size(), "sha256": hashes}
             write_json(aside / STATE, {**whole, "state_sha256": _state_hash(whole)})
+            mark_alone(SYNC)
+    mark("barrier after the save")
     dist.barrier()
 
 

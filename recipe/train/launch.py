@@ -18,11 +18,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from recipe import hostenv
@@ -32,20 +30,14 @@ from recipe.hardware import Machine
 from recipe.plan import Plan
 from recipe.prepare import Prepared
 from recipe.settings import Settings
-from recipe.train import checkpoint
+from recipe.train import checkpoint, guard
+from recipe.train.guard import WORKER, Guard, ranks_of
 from recipe.train.manifest import manifest
 from recipe.train.run import Run, Tail, begin_or_continue, read_jsonl
 
 ACCELERATE_CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "gpus.yaml"
 PACKAGE_PARENT = Path(__file__).parent.parent.parent
-WORKER = "recipe.train.worker"
 POLL_SECONDS = 0.2
-# A rank that has lost its peers fails within one. One that waits for them inside NCCL does not hear the launcher either,
-# which would give it 30 seconds (33 were measured on two GPUs).
-ALONE_SECONDS = 5.0
-# torchrun's word to the others; who has failed it says when all are gone.
-CLOSING = re.compile(rb"Sending process \d+ closing signal")
-STOPPED_SECONDS = 20.0  # the others wait for a rank that stands still, their GPUs at work, without a word
 
 
 def say(text: str) -> None:
@@ -127,9 +119,9 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
     try:
         (run.folder / "data").mkdir(parents=True, exist_ok=True)
         for name, rows in (("train", data.train), ("held_out", data.held_out)):
-            packed(rows, settings.micro_batch_tokens, settings.train.seed).save_to_disk(
-                str(run.folder / "data" / name)
-            )
+            micro_batches = packed(rows, settings.micro_batch_tokens, settings.train.seed)
+            # One file, also where nothing is held out: datasets would write none, and could not read that back.
+            micro_batches.save_to_disk(str(run.folder / "data" / name), num_shards=1)
         write_json(run.manifest, manifest(settings, prepared, machine, world_size, data.form))
         write_text(run.config, settings.to_yaml())  # last: its presence makes the folder a run
     except BaseException:
@@ -173,6 +165,8 @@ def _environment(world_size: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        # Collectives that each rank remembers for the day that one hangs (a ring: 2 MB).
+        "TORCH_FR_BUFFER_SIZE": "2000",
         **hostenv.read(),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -190,6 +184,7 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
     }
     started = len(read_jsonl(run.events))
     log_start = run.log.stat().st_size if run.log.exists() else 0
+    guard.prepare(run)
     with open(run.log, "ab") as log:
         process = subprocess.Popen(
             command(run, plan, resume, torch.cuda.is_available()),
@@ -202,22 +197,19 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
         )
     say(f"starting {plan.world_size} ranks (log: {run.log})")
     told: set[int] = set()
-    standing, alone = Standing(), Alone(run, log_start)
+    watching = Guard(run, process, log_start)
     try:
         with Progress(run, settings.train.log_every) as progress:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 progress.update()
-                alone.look(process)
-                if stopped := standing.look(process):
-                    rank, pid = stopped
-                    _kill(process)
-                    raise Refused(
-                        f"training ended: rank {rank} (process {pid}) was stopped (SIGSTOP) for {STOPPED_SECONDS:.0f} s "
-                        f"while the others waited for it; find out what stopped it, then go on with RUN={run.name}"
-                    )
+                if verdict := watching.look():
+                    if run.finished:  # only the way out hangs
+                        watching.kill()
+                        break
+                    raise watching.end(verdict)
                 if len(stops) > 1:
-                    _kill(process)
+                    watching.kill()
                 elif stops:
                     if not told:
                         progress.line(
@@ -227,14 +219,13 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
                     _signal_workers(process, stops[0], told)
             progress.update()
     finally:
-        if process.poll() is None:
-            _kill(process)
+        watching.kill()  # also ranks whose launcher has died
         for number, handler in previous.items():
             signal.signal(number, handler)
-    _judge(run, read_jsonl(run.events)[started:], stops, log_start, process.returncode)
+    _judge(run, read_jsonl(run.events)[started:], stops, watching, process.returncode)
 
 
-def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], log_start: int, code: int) -> None:
+def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], watching: Guard, code: int) -> None:
     """How a training of these events and signals has ended: returns where it is finished, else raises.
 
     What the ranks have written counts, not how their processes ended: one that dies after its work is done has done it.
@@ -244,24 +235,21 @@ def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], log_start: 
         return
     if stops and (len(stops) > 1 or "loaded" not in kinds or "stopped" in kinds):
         raise Stopped(run, stops[0])  # what ranks say that were ended so is no error
-    _raise_if_killed(run, log_start)
+    _raise_if_killed(run, watching)
     if errors := [event for event in events if event["kind"] == "error"]:
         _raise(errors[0], run)
     if stops:
         raise Stopped(run, stops[0])
-    raise Refused(f"training ended without a result (launcher's exit code {code}); see {run.log}")
+    text = f"training ended without a result (launcher's exit code {code}); see {run.log}"
+    run.event("error", text, cause="rank_died", exit_code=1)
+    raise Refused(text)
 
 
-def _raise_if_killed(run: Run, log_start: int) -> None:
+def _raise_if_killed(run: Run, watching: Guard) -> None:
     """Where the launcher saw a rank end by a signal first, the others' complaints about lost connections say nothing."""
-    code, rank = _failed_rank(run, log_start) or (0, 0)
-    if code < 0:
-        number = -code
-        why = "; often the kernel's, when RAM runs out (see dmesg)" if number == signal.SIGKILL else ""
-        raise Refused(
-            f"training ended: rank {rank} was killed by {signal.Signals(number).name}{why}; log: {run.log}; "
-            f"go on with RUN={run.name}"
-        )
+    code, rank = _failed_rank(run, watching.log_start) or (0, 0)
+    if code < 0 and not watching.has_reported(rank):
+        raise watching.end(watching.died(rank, f"was killed by {signal.Signals(-code).name}", -code))
 
 
 def _failed_rank(run: Run, log_start: int) -> tuple[int, int] | None:
@@ -283,74 +271,6 @@ def _raise(error: dict[str, Any], run: Run) -> None:
     )
 
 
-class Alone:
-    """Ends the ranks that a failed one has left behind, once the launcher has seen it fail and given them time."""
-
-    def __init__(self, run: Run, log_start: int):
-        self.log, self.position = run.log, log_start
-        self.since: float | None = None
-        self.next_look = 0.0
-
-    def look(self, process: subprocess.Popen) -> None:
-        now = time.monotonic()
-        if now < self.next_look:
-            return
-        self.next_look = now + 1
-        if self.since is None:
-            self.since = now if self._closing() else None
-        elif now - self.since >= ALONE_SECONDS:
-            for pid, _ in ranks_of(process):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def _closing(self) -> bool:
-        """Whether the log's new whole lines have the launcher's word."""
-        with open(self.log, "rb") as log:
-            log.seek(self.position)
-            lines, newline, _ = log.read().rpartition(b"\n")
-        self.position += len(lines) + len(newline)
-        return CLOSING.search(lines) is not None
-
-
-class Standing:
-    """Finds a rank whose process was stopped while others go on: no collective ends then, and none fails for minutes.
-
-    Where all ranks are stopped, somebody wants the GPUs for a while.
-    """
-
-    def __init__(self) -> None:
-        self.since: dict[int, float] = {}  # by process
-        self.next_look = 0.0
-
-    def look(self, process: subprocess.Popen) -> tuple[int, int] | None:
-        """(rank, process) of one that has stood still for STOPPED_SECONDS. Cheap to ask: it looks once a second."""
-        now = time.monotonic()
-        if now < self.next_look:
-            return None
-        self.next_look = now + 1
-        ranks = dict(ranks_of(process))
-        stopped = {pid: rank for pid, rank in ranks.items() if _is_stopped(pid)}
-        self.since = {pid: self.since.get(pid, now) for pid in stopped} if len(stopped) < len(ranks) else {}
-        return next(
-            ((stopped[pid], pid) for pid, since in self.since.items() if now - since >= STOPPED_SECONDS), None
-        )
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    return False
-
-
-def ranks_of(process: subprocess.Popen) -> Iterator[tuple[int, int]]:
-    """(process, rank) of the ranks that run now."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if _is_rank(child.cmdline()) and "RANK" in (environment := child.environ()):
-                    yield child.pid, int(environment["RANK"])
-
-
 def _signal_workers(process: subprocess.Popen, number: int, told: set[int]) -> None:
     """To the ranks only, each once, also to those that start later: the launchers would end them at once, unsaved."""
     for pid, _ in ranks_of(process):
@@ -358,20 +278,6 @@ def _signal_workers(process: subprocess.Popen, number: int, told: set[int]) -> N
             told.add(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-
-def _is_rank(arguments: list[str]) -> bool:
-    launchers = ("torch.distributed.run", "accelerate.commands.launch")
-    return WORKER in arguments and not any(name in arguments for name in launchers)
-
-
-def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
-    process.wait()
 
 
 class Progress:

@@ -141,14 +141,21 @@ def begin_or_continue(settings: Settings, name: str | None) -> tuple[Run, bool]:
     return run, True
 
 
-# Where a layer lies and what is computed twice changes no result: an unfinished run may go on otherwise.
-WITHOUT_EFFECT = ("compute.offload_layers", "compute.keep_layers")
+# Where a layer lies and what is computed twice changes no result, nor does a rehearsal: an unfinished run may go on
+# otherwise.
+WITHOUT_EFFECT = ("compute.offload_layers", "compute.keep_layers", "train.rehearsal")
+
+
+# What a plan has decided for a run stays so, whatever it would decide today.
+DECIDED_ONCE = ("train.micro_batch_tokens",)
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     for section, values in new.items():
         for key, value in values.items():
             before = old.get(section, {}).get(key)
+            if f"{section}.{key}" in DECIDED_ONCE and value == "auto":
+                continue
             if before != value and f"{section}.{key}" not in WITHOUT_EFFECT:
                 return f"{section}.{key} was {before}, is {value}"
     return None

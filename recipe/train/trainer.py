@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from recipe.engine.engine import Batch, Engine
 from recipe.settings import Settings
 from recipe.train import checkpoint
+from recipe.train.pulse import Pulse
 from recipe.train.run import Run
 
 
@@ -25,9 +26,9 @@ class ShardedSFTTrainer(SFTTrainer):
     saving and loading (no pickle, never the frozen base).
     """
 
-    def __init__(self, *args: Any, run: Run, keep_checkpoints: int, **kwargs: Any):
+    def __init__(self, *args: Any, run: Run, keep_checkpoints: int, pulse: Pulse, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.pulse = run, pulse
         self.engine: Engine = self.model.engine
         self.keep_checkpoints = keep_checkpoints
         self.step_tokens = 0
@@ -37,6 +38,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
         The engine averages gradients over ranks, so each rank's share is scaled up by their number.
         """
+        self.pulse.micro_batch += 1
         batch = Batch.of(inputs, self.engine.adapters.device)
         total = self.engine.loss(batch, training=True)
         self.step_tokens += len(batch.ids)
@@ -49,25 +51,34 @@ class ShardedSFTTrainer(SFTTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW over this rank's slice of all adapters as one tensor."""
         if self.optimizer is None:
-            args = self.args
-            self.optimizer = torch.optim.AdamW(
-                [self.engine.adapters.flat],
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
-                fused=True,
-            )
+            self.optimizer = self.adamw()
         return self.optimizer
+
+    def adamw(self) -> torch.optim.AdamW:
+        args = self.args
+        return torch.optim.AdamW(
+            [self.engine.adapters.flat],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         """Clip over all ranks. Gradients that are not finite (fp16 may overflow) are dropped, on all ranks alike."""
+        self.pulse.mark("all-reduce of the gradient's norm")
         norm = self.engine.adapters.clip(self.args.max_grad_norm or float("inf"))
         if not torch.isfinite(norm):
             self.engine.adapters.gradients.zero_()
             if self.is_world_process_zero():
                 step = self.state.global_step + 1
-                self.run.event("warning", f"step {step}: gradients overflowed and were dropped", step=step)
+                self.run.event(
+                    "warning",
+                    f"step {step}: gradients overflowed and were dropped",
+                    cause="gradient_explosion",
+                    step=step,
+                )
         return norm
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:
@@ -75,6 +86,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss per token over the held-out rows (a collective). Draws no random numbers."""
+        self.pulse.enter("evaluate")
         rank, world = dist.get_rank(), dist.get_world_size()
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
@@ -86,6 +98,7 @@ class ShardedSFTTrainer(SFTTrainer):
                 loss = self.engine.loss(batch, training=False)
                 if mine:
                     total += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
+        self.pulse.mark("all-reduce of the held-out loss")
         dist.all_reduce(total)
         loss = (total[0] / total[1]).item() if total[1] else float("nan")
         if self.is_world_process_zero():
@@ -99,17 +112,26 @@ class ShardedSFTTrainer(SFTTrainer):
         return {f"{metric_key_prefix}_loss": loss}
 
     def _save_checkpoint(self, model, trial) -> None:
+        self.pulse.enter("save")
         folder = self.run.checkpoint(self.state.global_step)
         state = {"step": self.state.global_step, "scheduler": self.lr_scheduler.state_dict()}
         trainer_state = json.dumps(dataclasses.asdict(self.state), sort_keys=True)
         checkpoint.save(
-            folder, self.model, self.engine.adapters, self.optimizer.optimizer, state, trainer_state
+            folder,
+            self.model,
+            self.engine.adapters,
+            self.optimizer.optimizer,
+            state,
+            trainer_state,
+            self.pulse.mark,
+            self.pulse.mark_alone,
         )
         if self.is_world_process_zero():
             checkpoint.prune(self.run.folder, self.keep_checkpoints)
             self.run.event("checkpoint", f"saved {folder.name}", step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        self.pulse.enter("load")
         checkpoint.load_parameters(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder) -> None:
@@ -130,8 +152,10 @@ class ShardedSFTTrainer(SFTTrainer):
             )
 
 
-def training_arguments(settings: Settings, run: Run, world_size: int, dtype: torch.dtype) -> SFTConfig:
+def training_arguments(settings: Settings, run: Run, world_size: int, evaluates: bool) -> SFTConfig:
+    """`evaluates`: whether there are held-out rows."""
     train = settings.train
+    evaluates = evaluates and train.eval_every > 0
     return SFTConfig(
         output_dir=str(run.folder),
         per_device_train_batch_size=1,  # one packed row of micro_batch_tokens
@@ -149,11 +173,13 @@ def training_arguments(settings: Settings, run: Run, world_size: int, dtype: tor
         bf16=False,  # the engine computes in bf16 and keeps fp32 masters: no autocast on top
         fp16=False,  # its backward is that of the sum over tokens, scaled in fp32: it needs no loss scale
         use_cpu=not torch.cuda.is_available(),
+        # TRL's default would wrap the layers that kernels=plain borrows: their recomputation finds no weights.
+        activation_checkpointing=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # Watch asks for our own checkpoints; transformers refuses its own for such a model
-        eval_strategy="steps" if train.eval_every else "no",
-        eval_steps=train.eval_every or None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_every if evaluates else None,
         dataloader_drop_last=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},

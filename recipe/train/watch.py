@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from recipe.train.run import Run, append_json
+from recipe import sensors
+from recipe.sensors import NoSensors
+from recipe.settings import Train
+from recipe.train import checkpoint
+from recipe.train.alarms import Curve, Lamps, not_finite, vram_alarms, warn
+from recipe.train.pulse import Pulse
+from recipe.train.run import Run, append_json, read_jsonl
 
 GIB = 2**30
 
@@ -33,8 +40,11 @@ class StopRequest:
 class Watch(TrainerCallback):
     """Collects each step's numbers over all ranks and lets rank 0 write them; agrees on stopping."""
 
-    def __init__(self, run: Run, stop: StopRequest, save_every: int):
-        self.run, self.stop, self.save_every = run, stop, save_every
+    def __init__(self, run: Run, stop: StopRequest, train: Train, pulse: Pulse):
+        self.run, self.stop, self.save_every, self.pulse = run, stop, train.save_every, pulse
+        self.curve = Curve(read_jsonl(run.metrics))
+        self.lamps = Lamps()
+        self.retries = 0
         self.trainer: Any = None
         self.started = 0.0
         self.last: dict[str, Any] = {}
@@ -44,6 +54,8 @@ class Watch(TrainerCallback):
             self.run.event("begun", f"training to step {state.max_steps}", steps=state.max_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.pulse.step, self.pulse.micro_batch = state.global_step + 1, 0
+        self.pulse.enter("train")
         self.started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -55,6 +67,7 @@ class Watch(TrainerCallback):
             [tokens, psutil.Process().memory_info().rss / GIB, float(self.stop.signal > 0)],
             dtype=torch.float64,
         )
+        self.pulse.mark("all-reduce of the step's numbers")
         dist.all_reduce(shared)
         tokens, host_gib, stopping = shared.tolist()
         self.last = {
@@ -65,12 +78,23 @@ class Watch(TrainerCallback):
             "host_ram_gib": round(host_gib, 3),
             **_gpu_sensors(),
         }
+        self._watch_vram(state.global_step)
         control.should_training_stop = control.should_training_stop or bool(stopping)
         control.should_save = control.should_training_stop or state.global_step % self.save_every == 0
         return control
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.pulse.mark("optimizer step")
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs and "grad_norm" in logs:
+        """Called on all ranks, with the loss over all of them, before a checkpoint of that step would be written."""
+        if not logs or "loss" not in logs or "grad_norm" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            saved = checkpoint.checkpoints(self.run.folder)
+            rate, newest = args.learning_rate, saved[-1].name if saved else None
+            raise not_finite(state.global_step, logs["loss"], rate, newest)
+        if state.is_world_process_zero:
             append_json(
                 self.run.metrics,
                 {
@@ -81,6 +105,18 @@ class Watch(TrainerCallback):
                     **self.last,
                 },
             )
+            for alarm in self.curve.step(state.global_step, logs["loss"], logs["grad_norm"]):
+                warn(self.run, alarm, rank=0, step=state.global_step)
+
+    def _watch_vram(self, step: int) -> None:
+        if not torch.cuda.is_available():
+            return
+        retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+        reserved = torch.cuda.max_memory_reserved()
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        for alarm in vram_alarms(reserved / GIB, total / GIB, retries, self.retries, self.lamps):
+            warn(self.run, alarm, step=step, rank=self.pulse.rank)
+        self.retries = retries
 
 
 def _vram() -> dict[str, float | None]:
@@ -92,20 +128,15 @@ def _vram() -> dict[str, float | None]:
     }
 
 
-def _gpu_sensors() -> dict[str, list[float]]:
+def _gpu_sensors() -> dict[str, list[float | None]]:
     """Temperature in degrees Celsius and power in watts of every GPU, where NVML tells."""
     if not torch.cuda.is_available():
         return {}
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return {
-            "temperature_celsius": [
-                pynvml.nvmlDeviceGetTemperature(h, pynvml.NVML_TEMPERATURE_GPU) for h in handles
-            ],
-            "power_watts": [pynvml.nvmlDeviceGetPowerUsage(h) / 1000 for h in handles],
-        }
-    except pynvml.NVMLError:
+        gpus = sensors.read()
+    except NoSensors:
         return {}
+    return {
+        "temperature_celsius": [gpu.temperature_celsius for gpu in gpus],
+        "power_watts": [gpu.power_watts for gpu in gpus],
+    }

@@ -18,6 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -34,12 +35,17 @@ from recipe.plan.parts import GIB
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import Settings
+from recipe.train.alarms import HostWatch, NotFinite
 from recipe.train.data import PackedCollator, load_tokenizer
+from recipe.train.pulse import Pulse
+from recipe.train.rehearsal import rehearse
 from recipe.train.run import Run, read_jsonl
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from recipe.train.watch import StopRequest, Watch
 
 BLAME_SECONDS = 1.0  # ten looks of the launcher
+# What torch's allocator for the host and the system say where RAM or its limit is full.
+HOST_IS_FULL = re.compile(r"can't allocate memory|Cannot allocate memory|DefaultCPUAllocator")
 
 
 def main() -> int:
@@ -50,36 +56,74 @@ def main() -> int:
     parser.add_argument("--resume", type=Path)
     arguments = parser.parse_args()
     run = Run(arguments.run)
+    pulse = Pulse(run, _rank())
+    pulse.start()
+    code = 1
     try:
-        train(run, Placement(**arguments.placement), arguments.resume)
-    except (UserError, Refused) as error:
-        run.event("error", str(error), exit_code=error.exit_code, rank=_rank())
-        return error.exit_code
-    except torch.OutOfMemoryError as error:
-        print(traceback.format_exc(), file=sys.stderr)
-        shape = shape_of(read_json(run.manifest)["model"]["folder"])
-        text = out_of_memory(error, run.settings(), Placement(**arguments.placement), shape)
-        run.event("error", text, exit_code=1, rank=_rank())
-        return 1
+        train(run, Placement(**arguments.placement), arguments.resume, pulse)
+        code = 0
     except BaseException as error:
-        text = traceback.format_exc()
-        print(text, file=sys.stderr)
-        run.event("error", f"{type(error).__name__}: {error}", exit_code=1, rank=_rank(), traceback=text)
-        # Where another rank was killed, this one has only lost its connection. The launcher blames who ends first.
-        time.sleep(BLAME_SECONDS)
-        return 1
+        code = _report(error, run, Placement(**arguments.placement), pulse)
     finally:
+        pulse.enter("end")
+        pulse.ended = code  # now already: the way out may hang
+        pulse.mark("leave the process group")
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+        pulse.end(code)
+    return code
 
 
-def train(run: Run, placement: Placement, resume: Path | None) -> None:
+def _report(error: BaseException, run: Run, placement: Placement, pulse: Pulse) -> int:
+    """Write the event of what ended this rank; the exit code."""
+    before = "in the rehearsal before step 1: " if pulse.phase == "rehearsal" else ""
+    where = {"rank": _rank(), "host": socket.gethostname(), "step": pulse.step, "operation": pulse.doing}
+    if isinstance(error, (UserError, Refused)):
+        run.event("error", before + str(error), cause=_cause(error), exit_code=error.exit_code, **where)
+        return error.exit_code
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr)
+    if isinstance(error, torch.OutOfMemoryError):
+        shape = shape_of(read_json(run.manifest)["model"]["folder"])
+        said = out_of_memory(error, run.settings(), placement, shape)
+        run.event("error", before + said, cause="out_of_memory", exit_code=1, **where)
+    elif isinstance(error, MemoryError) or HOST_IS_FULL.search(str(error)):
+        said = (str(error).splitlines() or ["MemoryError"])[0]
+        available = psutil.virtual_memory().available / GIB
+        run.event(
+            "error",
+            f"{before}host RAM is full on rank {_rank()} ({available:.1f} GiB are left): {said[:200]}; "
+            "end other programs, add RAM, or set compute.offload_layers lower",
+            cause="out_of_host_memory",
+            exit_code=1,
+            **where,
+        )
+    else:
+        said = f"{before}{type(error).__name__}: {error}"
+        run.event("error", said, cause="unexpected", exit_code=1, traceback=text, **where)
+        # Where another rank was killed, this one has only lost its connection. The launcher blames who ends first.
+        time.sleep(BLAME_SECONDS)
+    return 1
+
+
+def _cause(error: UserError | Refused) -> str:
+    """The event's cause: a request that was wrong, or what the engine and the alarms refuse to go on with."""
+    if isinstance(error, UserError):
+        return "request"
+    if isinstance(error, NotFinite):
+        return "nan_loss"
+    return "out_of_host_memory" if str(error).startswith("host RAM") else "unexpected"
+
+
+def train(run: Run, placement: Placement, resume: Path | None, pulse: Pulse) -> None:
     stop = StopRequest()
     stop.install()
     started = time.perf_counter()
     settings = run.settings()
+    pulse.enter("load")
+    pulse.mark("join the process group")
     device = join_process_group()
+    pulse.follow(device)
     set_seed(settings.train.seed)
     dtype = compute_dtype(settings)
     kind = attention_kind(settings, dtype)
@@ -95,16 +139,19 @@ def train(run: Run, placement: Placement, resume: Path | None) -> None:
         placement=placement,
         max_tokens=settings.micro_batch_tokens,
         kernels=settings.compute.kernels,
+        mark=pulse.mark,
     )
     model = load_sharded(model_folder, build, settings.train.seed)
+    pulse.mark("load tokenizer and rows")
     tokenizer = load_tokenizer(model_folder, settings.data)
     train_rows, held_out = (
         Dataset.load_from_disk(str(run.folder / "data" / name)) for name in ("train", "held_out")
     )
-    watch = Watch(run, stop, settings.train.save_every)
+    pulse.mark("make the trainer")
+    watch = Watch(run, stop, settings.train, pulse)
     trainer = ShardedSFTTrainer(
         model=model,
-        args=training_arguments(settings, run, dist.get_world_size(), dtype),
+        args=training_arguments(settings, run, dist.get_world_size(), evaluates=len(held_out) > 0),
         data_collator=PackedCollator(),
         train_dataset=train_rows,
         eval_dataset=held_out,
@@ -112,6 +159,7 @@ def train(run: Run, placement: Placement, resume: Path | None) -> None:
         callbacks=[watch],
         run=run,
         keep_checkpoints=settings.train.keep_checkpoints,
+        pulse=pulse,
     )
     watch.trainer = trainer
     first = dist.get_rank() == 0
@@ -122,8 +170,13 @@ def train(run: Run, placement: Placement, resume: Path | None) -> None:
             f"({str(dtype).removeprefix('torch.')}, attention {kind}; {placement.offload_layers} of "
             f"{placement.layers} layers offloaded, {placement.keep_layers} keep their activations)",
         )
+    if settings.train.rehearsal:
+        rehearse(trainer, run, pulse, settings.train.keep_checkpoints)
     if resume is None and len(held_out):
         trainer.evaluate()
+    pulse.enter("load")
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        HostWatch(run, pulse, device.type == "cuda").start()
     # Each run of the same seed draws the same dropout, whether or not it evaluated before.
     set_seed(settings.train.seed + dist.get_rank())
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

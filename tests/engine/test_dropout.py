@@ -245,6 +245,22 @@ def test_evaluation_drops_nothing(noted, folder):
         assert evaluated == pytest.approx(expected, abs=TOLERANCE * len(packed_row(0)["labels"]))
 
 
+def evaluated_by_plain_layers(mesh, folder):
+    model = sharded_model(mesh, folder, Placement(LAYERS), "plain", LORA)
+    set_adapters(model, mesh)
+    model.engine.loss(batch(1), training=True).backward()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        found = model.engine.loss(batch(0), training=False).item()
+    return found, torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_by_plain_layers_drops_nothing_either(noted, folder):
+    """PEFT's own dropout, which goes by its module's mode."""
+    found, drew_nothing = run_ranks(1, evaluated_by_plain_layers, folder)[0]
+    assert drew_nothing and found == pytest.approx(noted[0][2], abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5])
 def test_the_share_that_is_dropped_is_the_rate(rate):
     """Within four standard deviations, over all elements, and for rows and columns; masks of neighbours are unlike."""

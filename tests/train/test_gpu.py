@@ -41,6 +41,24 @@ def test_it_trains_and_the_export_is_verified(dtype, attention, tmp_path, capsys
         print(f" {dtype} {attention}: {loss['trainer']:.6f}, apart by {apart:.1e} ", end="", flush=True)
 
 
+def test_each_kernel_that_is_compiled_is_a_mark(tmp_path, monkeypatch):
+    """The first pass compiles all of them within one layer, longer than a rank may be silent."""
+    from triton import knobs
+
+    from recipe.engine import kernels
+    from recipe.train.pulse import Pulse
+    from recipe.train.run import Run
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", None)
+    pulse = Pulse(Run(tmp_path), 0)
+    pulse.follow(torch.device("cuda"))
+    x = torch.ones(4, 96, device="cuda", dtype=torch.bfloat16)
+    out = kernels.rms_norm(x, torch.ones(96, device="cuda", dtype=torch.bfloat16), 1e-5)
+    assert (pulse.alone, pulse.doing) == (1, "compile _rms_norm_kernel")
+    assert torch.allclose(out, x), "and it was compiled"
+
+
 @pytest.mark.parametrize("kind", ["varlen", "cudnn"])
 def test_attention_is_that_of_each_document_alone(kind, monkeypatch):
     """Forward and backward of each kernel against SDPA in fp32; a window only where the kernel has one."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from recipe.cli import main
 from recipe.errors import Refused
 from recipe.settings import load
-from recipe.train import launch
+from recipe.train import guard, launch
 from recipe.train.checkpoint import damaged_files
 from recipe.train.run import Run
 from tests.train.tiny_run import (
@@ -212,6 +212,36 @@ def test_where_a_layer_lies_changes_no_byte(tmp_path):
     assert all(torch.equal(here[name], elsewhere[name]) for name in here)
 
 
+def test_the_plain_kernels_train_as_the_fused_ones(tmp_path):
+    """Within a whole training, whose trainer may change the modules that they borrow."""
+    steps = 4
+    code, _, err = train(
+        make_place(tmp_path, steps, save_every=steps), "run", *NO_DROPOUT, "--set", "compute.kernels=plain"
+    )
+    assert code == 0, err
+    plainly, fused = (
+        jsonl(run / "metrics.jsonl")[:steps] for run in (tmp_path / "runs" / "run", plain_run())
+    )
+    # The rates are the same while both warm up and one step longer.
+    for left, right in list(zip(plainly, fused, strict=True))[:3]:
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-4)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+
+
+def test_without_held_out_rows_it_trains_and_evaluates_nothing(tmp_path):
+    nothing = ["data.eval_fraction=0", "train.eval_every=1", "compute.processes=1"]
+    config = make_place(tmp_path, 2)
+    code, out, err = train(config, "run", *(word for text in nothing for word in ("--set", text)))
+    assert code == 0, err
+    assert "0 rows held out" in err
+    run = tmp_path / "runs" / "run"
+    assert [line["step"] for line in jsonl(run / "metrics.jsonl")] == [1, 2]
+    kinds = [event["kind"] for event in jsonl(run / "events.jsonl")]
+    assert kinds == ["loaded", "rehearsed", "begun", "checkpoint", "checkpoint", "finished"]
+    assert json.loads((run / "summary.json").read_text())["held_out_loss"] is None
+    assert "an evaluation" not in err and "nan" not in err + out
+
+
 @pytest.mark.slow
 def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, runs, capsys):
     """Ctrl-C, SIGTERM, a rank killed, all killed, a damaged checkpoint: bit for bit the undisturbed run, dropout on."""
@@ -328,8 +358,10 @@ def test_what_the_ranks_have_written_counts_not_how_they_ended(
     run.log.write_text(ABORTED)
     if finished:
         run.summary.write_text("{}")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     with pytest.raises(ending, match=said) if ending else contextlib.nullcontext():
-        launch._judge(run, events, stops, 0, 1)
+        launch._judge(run, events, stops, guard.Guard(run, ended, 0), 1)
 
 
 def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
@@ -345,24 +377,27 @@ def test_ctrl_c_before_the_ranks_have_started_is_not_lost(config, runs):
     assert running(members) == []
 
 
-def test_a_rank_that_alone_stands_still_is_found(monkeypatch):
+def test_a_rank_that_alone_stands_still_is_found(monkeypatch, tmp_path):
     """Real processes that look like ranks below a launcher; where all of them are stopped, somebody meant it."""
-    monkeypatch.setattr(launch, "STOPPED_SECONDS", 0.0)
-    rank = f"RANK=$r {sys.executable} -c 'import time; time.sleep(60)' {launch.WORKER} &"
+    monkeypatch.setattr(guard, "STOPPED_SECONDS", 0.0)
+    monkeypatch.setattr(guard, "LOOK_SECONDS", 0.0)
+    rank = f"RANK=$r {sys.executable} -c 'import time; time.sleep(60)' {guard.WORKER} &"
     launcher = subprocess.Popen(["bash", "-c", f"for r in 0 1; do {rank} done; wait"])
+    watching = guard.Guard(Run(tmp_path), launcher, 0)
     try:
         limit = time.monotonic() + 10
-        while len(found := {rank: pid for pid, rank in launch.ranks_of(launcher)}) < 2:
+        while len(found := {rank: pid for pid, rank in guard.ranks_of(launcher)}) < 2:
             assert time.monotonic() < limit
-        assert launch.Standing().look(launcher) is None
+        assert watching.look() is None
         os.kill(found[1], signal.SIGSTOP)
-        while not launch._is_stopped(found[1]):
+        while not guard.is_stopped(found[1]):
             assert time.monotonic() < limit
-        assert launch.Standing().look(launcher) == (1, found[1])
+        verdict = watching.look()
+        assert (verdict.cause, verdict.rank) == ("rank_stopped", 1) and f"process {found[1]}" in verdict.found
         os.kill(found[0], signal.SIGSTOP)
-        while not launch._is_stopped(found[0]):
+        while not guard.is_stopped(found[0]):
             assert time.monotonic() < limit
-        assert launch.Standing().look(launcher) is None
+        assert watching.look() is None
     finally:
         for member in family(launcher):
             member.kill()
@@ -379,18 +414,18 @@ time.sleep(60)
 
 def test_a_rank_that_hears_nothing_does_not_wait_for_a_dead_one(monkeypatch, tmp_path):
     """As inside NCCL: the launcher would give it 30 seconds. Who died first is still named."""
-    monkeypatch.setattr(launch, "ALONE_SECONDS", 1.0)
+    monkeypatch.setattr(guard, "ALONE_SECONDS", 1.0)
     run = Run(tmp_path)
     (tmp_path / "hangs.py").write_text(HANGS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with open(run.log, "wb") as log:
         launcher = subprocess.Popen(
-            [*torchrun, str(tmp_path / "hangs.py"), launch.WORKER], stdout=log, stderr=log
+            [*torchrun, str(tmp_path / "hangs.py"), guard.WORKER], stdout=log, stderr=log
         )
-    alone, closing = launch.Alone(run, 0), None
+    watching, closing = guard.Guard(run, launcher, 0), None
     while launcher.poll() is None:
-        alone.look(launcher)
-        closing = closing or (time.monotonic() if launch.CLOSING.search(run.log.read_bytes()) else None)
+        assert watching.look() is None
+        closing = closing or (time.monotonic() if guard.CLOSING.search(run.log.read_bytes()) else None)
         time.sleep(0.1)
     assert time.monotonic() - closing < 15
     assert launch._failed_rank(run, 0) == (-9, 1)

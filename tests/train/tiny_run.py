@@ -62,13 +62,15 @@ def make_place(root: Path, steps: int, **train: Any) -> Path:
     return config
 
 
-def start_training(config: Path, run: str, *more: str) -> subprocess.Popen:
+def start_training(config: Path, run: str, *more: str, environment: dict[str, str] | None = None):
+    """`environment`: what it has besides this process's own."""
     return subprocess.Popen(
         [sys.executable, "-m", "recipe", "train", "--config", str(config), "--run", run, *more],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **(environment or {})},
     )
 
 
