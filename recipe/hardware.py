@@ -170,7 +170,7 @@ def read_meminfo(root: Path) -> dict[str, int]:
 def cgroup_memory(root: Path) -> tuple[int | None, int | None]:
     """The tightest memory limit above this process and what is left of it, in bytes; None without a limit."""
     tightest: tuple[int | None, int | None] = (None, None)
-    for folder, version in _cgroup_folders(root, "memory"):
+    for folder, version in cgroup_folders(root, "memory"):
         limit_file, usage_file = (
             ("memory.max", "memory.current")
             if version == 2
@@ -190,7 +190,7 @@ def usable_cores(root: Path) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
-    for folder, version in _cgroup_folders(root, "cpu"):
+    for folder, version in cgroup_folders(root, "cpu"):
         if version == 2:
             quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
         else:
@@ -305,7 +305,7 @@ def _visible(gpus: list[Gpu], selection: str | None) -> list[Gpu]:
     return chosen
 
 
-def _cgroup_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
+def cgroup_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
     """Folders that may limit this process, with the cgroup version: its own and every one above it.
 
     In a container /proc/self/cgroup may show the host's path, which does not exist inside: then only the

@@ -19,6 +19,7 @@ from recipe.hardware import NVIDIA, Machine, peer_access, probe
 
 FILE = "host.env"
 HEADER = "# NCCL's environment for this host. `recipe preflight` wrote it: do not edit it, variables that you set win over it."
+MEASURED = "Measured by preflight: "
 # Docker compose and we must read the same, so nothing in a value that compose would expand, unquote or cut off.
 LINE = re.compile(r"((?:NCCL|CUDA|GLOO)_[A-Z0-9_]+)=([^\s\"'`$#\\]+)")
 
@@ -31,18 +32,23 @@ class Setting(NamedTuple):
     reason: str
 
 
-def find(machine: Machine) -> list[Setting]:
-    """What NCCL must be told about this machine: nothing where fewer than two GPUs are visible."""
+def find(machine: Machine, wrong_copies: str | None = None) -> list[Setting]:
+    """What NCCL must be told about this machine: nothing where fewer than two GPUs are visible.
+
+    `wrong_copies`: what was measured to be wrong with copies from GPU to GPU, though the driver offers them.
+    """
     if len(machine.gpus) < 2:
         return []
     settings = []
+    if wrong_copies:
+        settings.append(Setting("NCCL_P2P_DISABLE", "1", f"{MEASURED}{wrong_copies}."))
     visible = {gpu.index for gpu in machine.gpus}
     refused = [
         (pair, word)
         for pair, word in sorted((peer_access() or {}).items())
         if word != "OK" and visible.issuperset(pair)
     ]
-    if refused:
+    if refused and not wrong_copies:
         (reader, owner), word = refused[0]
         reason = (
             f"GPU {reader} cannot read the memory of GPU {owner} (`nvidia-smi topo -p2p r`: {word}); "
@@ -63,15 +69,18 @@ def render(settings: list[Setting]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: str | Path, machine: Machine) -> str | None:
+def write(
+    folder: str | Path, machine: Machine, wrong_copies: str | None = None, measured: bool = False
+) -> str | None:
     """Bring `host.env` up to date. Returns the line that says so, or None where there is nothing to say.
 
-    Where GPUs may be hidden from this process, what it sees is not the host, and the file stays as it is.
+    Where GPUs may be hidden from this process, what it sees is not the host, and the file stays as it is. What an earlier
+    preflight measured stays too, until another one measures.
     """
     path = Path(folder) / FILE
     if why := _blind(machine):
         return f"{FILE}: left as it was, since {why}" if path.exists() else None
-    settings = find(machine)
+    settings = find(machine, wrong_copies if measured else _measured_before(path))
     text = render(settings)
     count = f"{len(settings) or 'no'} NCCL setting{'' if len(settings) == 1 else 's'}"
     try:
@@ -115,6 +124,16 @@ def read(path: str | Path = FILE) -> dict[str, str]:
             )
         variables[match[1]] = match[2]
     return variables
+
+
+def _measured_before(path: Path) -> str | None:
+    """What preflight measured when it wrote the file, or None."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    said = [line for line in lines if line.startswith(f"# {MEASURED}")]
+    return said[0].removeprefix(f"# {MEASURED}").removesuffix(".") if said else None
 
 
 def _blind(machine: Machine) -> str | None:

@@ -53,7 +53,7 @@ def stages(run: str, runs: str) -> list[Stage]:
     return [
         Stage("plan", "does it fit on this machine?", ("plan", *config), 2),
         Stage("prepare", "fetch SmolLM2-135M-Instruct and quantise it to NF4", ("prepare", *config), 30),
-        Stage("preflight", "is this machine able to do it?", ("preflight", *config), 10),
+        Stage("preflight", "is this machine able to do it?", ("preflight", *config, "--quick"), 1),
         Stage(
             "train",
             "two processes, each with half of every layer, train LoRA adapters",

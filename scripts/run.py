@@ -31,8 +31,16 @@ RUNTIMES = ("auto", "docker", "host")
 # Which service of compose.yaml has the rights that a command needs; others need no more than export does.
 SERVICES = {name: name for name in ("preflight", "prepare", "train", "export", "chat")}
 WRITTEN = {"models": "RECIPE_MODELS", "runs": "RECIPE_RUNS", "data": "RECIPE_DATA", ".cache": "RECIPE_CACHE"}
-WRITING = ("--output", "--checkpoint", "--figure")  # options whose value is a folder or file that is written
+WRITING = (
+    "--output",
+    "--checkpoint",
+    "--figure",
+    "--bundle",
+)  # options whose value is a folder or file that is written
+WRITING_FILES = ("--figure", "--bundle")
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
+PROBE = "host-probe.json"
+PROBE_SECONDS = 15  # it ends within 5
 POLL_SECONDS = 0.1
 SOON_SECONDS = 10  # a container that ends with 1 so early may never have started
 DEMO_CONFIG = "recipe/configs/smollm2-135m.yaml"
@@ -107,11 +115,36 @@ def in_container(arguments, flavour, digest):
     for name, variable in WRITTEN.items():
         environ[variable] = str(own_folder(ROOT / name, uid, gid))
     command = arguments[0] if arguments else "preflight"
+    if command in ("preflight", "demo", "doctor"):
+        environ |= host_probe(Path(environ["RECIPE_CACHE"]), uid, gid)
     if command == "demo":  # its first stage needs the network, the others shall not have it
         code = start(["prepare", "--config", DEMO_CONFIG], "prepare", flavour, environ)
         if code:
             return code
     return start(arguments, SERVICES.get(command, "export"), flavour, environ)
+
+
+def host_probe(cache, uid, gid):
+    """What a container cannot see of this host, in a file of .cache for preflight and doctor, which are told where it lies.
+
+    Only the caller may read it: a kernel log may be in it. Where it cannot be made, preflight's checks say so.
+    """
+    command = [sys.executable, "-m", "recipe.probe"]
+    file = cache / PROBE
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=PROBE_SECONDS, check=True)
+        file.unlink(missing_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as out:
+            out.write(done.stdout)
+        if os.getuid() == 0:
+            os.chown(file, uid, gid)
+    except (OSError, subprocess.SubprocessError) as error:
+        say(
+            f"runtime: the host could not be probed ({type(error).__name__}); preflight skips what it needs of it"
+        )
+        return {}
+    return {"RECIPE_HOST_PROBE": f"/cache/{PROBE}"}
 
 
 def caller(environ, uid=None, gid=None):
@@ -265,7 +298,7 @@ def named_paths(arguments):
         if option == "--config":
             config = value
         if option in WRITING:
-            yield (os.path.dirname(value) or "." if option == "--figure" else value), True
+            yield (os.path.dirname(value) or "." if option in WRITING_FILES else value), True
             continue
         own = re.search(r"(?:^|[=.])(?:models|runs)=([^\0]+)$", argument)
         word = own or re.fullmatch(r"(?:(?!/)[^\0]*?=)?((?:/|\.\./)[^\0]+)", argument)

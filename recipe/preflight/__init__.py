@@ -1,46 +1,69 @@
 """`recipe preflight`: is this machine able to do this run? Every check says what to do.
 
-A check is a function with a name, a measurement, a threshold and a remedy; each file here is one group of
-them. No check changes anything, and none needs the model or the network.
+A check is a function with a name, a measurement, a threshold and a remedy; each file here is one group of them or a part
+of one. What is measured runs as a program of its own (stack, ranks, copies, load, disk_speed, reading), and what a
+container cannot see comes from the host's probe (recipe/probe.py). No check changes anything, and none needs the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import textwrap
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from recipe.hardware import Machine
-from recipe.plan import Plan
-from recipe.preflight import gpu, host, inputs, link, software
-from recipe.preflight.check import REPOSITORY, Check, Context
-from recipe.settings import Settings
+from recipe.preflight import gpu, health, host, inputs, link, software, system
+from recipe.preflight.check import Check, Context
+from recipe.preflight.measured import wrong_copies
 
-__all__ = ["Check", "failed", "render", "run_checks", "to_dict"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Context",
+    "checks_of",
+    "failed",
+    "measured_copies",
+    "render",
+    "run_checks",
+    "to_dict",
+]
 
 WIDTH = 100
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL", "skip": "skip"}
 
 
-def run_checks(
-    settings: Settings,
-    machine: Machine,
-    plan: Plan,
-    prepared: Path | None = None,
-    lock_folder: Path = REPOSITORY,
-) -> list[Check]:
-    """All checks, in the order in which they are worth reading; about 5 s, nearly all to import torch."""
-    context = Context(settings, machine, plan, prepared, lock_folder)
-    # Without GPUs, `present` has said all that there is to say.
-    gpus = gpu.WITH_GPUS if machine.gpus and context.on_gpu else []
-    checks = [
-        check(context) for check in [*host.CHECKS, *gpu.ALWAYS, *gpus, *software.CHECKS, *inputs.CHECKS]
+# All checks by group, in the order in which they are worth reading.
+CHECKS: dict[str, list[Callable[[Context], Check]]] = {
+    "host": [*host.CHECKS, *system.CHECKS],
+    "gpu": [*gpu.ALWAYS, *gpu.WITH_GPUS, *health.WITH_GPUS],
+    "link": [*link.WITH_GPUS, *link.ALWAYS],
+    "software": [*software.CHECKS],
+    "data": [*inputs.CHECKS],
+}
+WITH_GPUS = [*gpu.WITH_GPUS, *health.WITH_GPUS, *link.WITH_GPUS]
+
+
+def checks_of(context: Context) -> dict[str, list[Callable[[Context], Check]]]:
+    """The checks that this situation asks for."""
+    if context.machine.gpus and context.on_gpu:
+        return CHECKS
+    # Without GPUs, `gpu.present` has said all that there is to say.
+    return {group: [check for check in checks if check not in WITH_GPUS] for group, checks in CHECKS.items()}
+
+
+def run_checks(context: Context) -> list[Check]:
+    """All checks; with GPUs about 50 s, nearly all to measure. `context.quick` leaves that out."""
+    return [
+        dataclasses.replace(check(context), group=group)
+        for group, checks in checks_of(context).items()
+        for check in checks
     ]
-    # With a GPU missing, or one that torch cannot use, an all-reduce would only fail too.
-    if host.needs_nccl(plan) and machine.gpus and not failed(checks):
-        checks += [check(context) for check in link.WITH_NCCL]
-    return checks
+
+
+def measured_copies(context: Context) -> tuple[str | None, bool]:
+    """For hostenv.write: what is wrong with copies from GPU to GPU, and whether they were measured."""
+    peers = context.__dict__.get("peers", {"skipped": "no check asked"})
+    return wrong_copies(peers), "pairs" in peers or bool(peers.get("trying"))
 
 
 def failed(checks: list[Check]) -> bool:
@@ -54,19 +77,32 @@ def to_dict(checks: list[Check]) -> dict[str, Any]:
 
 
 def render(checks: list[Check]) -> str:
-    """A line per check; where something is wrong, also what was expected and what to do; 100 columns."""
-    lines = []
+    """A line per check, by group; where something is wrong, also what was expected and what to do; 100 columns."""
+    lines: list[str] = []
+    group = ""
     for check in checks:
-        head = f"{MARKS[check.status]}  {check.name:<18}  "
+        if check.group != group:
+            lines += [*([""] if lines else []), check.group]
+            group = check.group
+        head = f"  {MARKS[check.status]}  {check.name:<18}  "
+        if check.status in ("ok", "skip"):
+            lines.append(_one_line(head, check.found))
+            continue
         lines.append(_wrap(check.found, head))
-        if check.status in ("warn", "fail"):
-            lines.append(_wrap(check.expected, " " * 6 + f"{'expected':<18}  "))
-            lines.append(_wrap(check.remedy, " " * 6 + f"{'what to do':<18}  "))
+        lines.append(_wrap(check.expected, f"        {'expected':<18}  "))
+        lines.append(_wrap(check.remedy, f"        {'what to do':<18}  "))
     number = {status: sum(check.status == status for check in checks) for status in MARKS}
     verdict = "not ready" if number["fail"] else "ready"
     lines += ["", f"{verdict}: {number['ok']} ok, {number['warn']} warnings, {number['fail']} failed, "
               f"{number['skip']} skipped"]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _one_line(head: str, text: str) -> str:
+    """What is well needs no second line; --json has all of it."""
+    room = WIDTH - len(head)
+    text = " ".join(text.split())
+    return (head + (text if len(text) <= room else text[: room - 1].rstrip() + "…")).rstrip()
 
 
 def _wrap(text: str, head: str) -> str:

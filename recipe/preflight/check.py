@@ -1,77 +1,63 @@
-"""What a check returns, and what it may look at."""
+"""What a check returns."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from recipe.hardware import Machine
-from recipe.plan import Plan
-from recipe.settings import Settings
+from recipe.preflight.measured import Context
+from recipe.preflight.program import REPOSITORY
+
+__all__ = ["REPOSITORY", "Check", "Context", "Status", "judged", "not_measured", "told"]
 
 Status = Literal["ok", "warn", "fail", "skip"]
-REPOSITORY = Path(__file__).resolve().parents[2]
-STACK_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Check:
-    """One answered question. `remedy` says what to do and is empty where nothing is to be done."""
+    """One answered question. `remedy` says what to do and is empty where nothing is to be done.
+
+    `measured` is the number that was judged, in `unit`, where it is one. `group` is set by `run_checks`.
+    """
 
     name: str
     status: Status
     found: str
     expected: str = ""
     remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the checks judge. `prepared` is where the NF4 checkpoint of the model lies or will lie."""
-
-    settings: Settings
-    machine: Machine
-    plan: Plan
-    prepared: Path | None = None
-    lock_folder: Path = REPOSITORY
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.plan.device == "gpu"
-
-    @cached_property
-    def stack(self) -> dict[str, Any]:
-        """What recipe/preflight/stack.py found: importing torch, CUDA, an NF4 round trip.
-
-        In a process of its own: a broken library may abort the interpreter, and a CUDA context would take GPU
-        memory from the training that follows.
-        """
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, "-m", "recipe.preflight.stack", self.plan.device]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=STACK_SECONDS,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            )
-            return json.loads(done.stdout.splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            return {"torch_error": f"importing torch took more than {STACK_SECONDS} s"}
-        except (IndexError, json.JSONDecodeError):
-            said = done.stderr.strip().splitlines()
-            return {"torch_error": said[-1] if said else f"the test process ended with {done.returncode}"}
+    measured: float | None = None
+    unit: str = ""
+    group: str = ""
 
 
 def judged(
-    name: str, good: bool, found: str, expected: str, remedy: str, otherwise: Status = "fail"
+    name: str,
+    good: bool,
+    found: str,
+    expected: str,
+    remedy: str,
+    otherwise: Status = "fail",
+    measured: float | None = None,
+    unit: str = "",
 ) -> Check:
     """ok, or `otherwise` with its remedy."""
-    return Check(name, "ok", found, expected) if good else Check(name, otherwise, found, expected, remedy)
+    if good:
+        return Check(name, "ok", found, expected, measured=measured, unit=unit)
+    return Check(name, otherwise, found, expected, remedy, measured, unit)
+
+
+def not_measured(name: str, measurement: dict[str, Any], expected: str, remedy: str = "") -> Check | None:
+    """The check's answer where there is no measurement: skipped with the reason, or failed where it should have worked."""
+    if why := measurement.get("skipped"):
+        return Check(name, "skip", why, expected)
+    if error := measurement.get("error"):
+        return Check(name, "fail", error, expected, remedy or "look at the message, and at `dmesg`")
+    return None
+
+
+def told(context: Context, part: str) -> tuple[Any, str]:
+    """A part of the host's probe, or None and why there is none."""
+    if why := context.host.get("why"):
+        return None, why
+    found = context.host["parts"].get(part, {"found": None, "why": "an older probe"})
+    return found["found"], found["why"] or ""

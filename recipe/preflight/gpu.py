@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from recipe.plan.budget import GPU_SPARE_GIB
-from recipe.preflight.check import Check, Context, Status, judged
+from recipe.preflight.check import Check, Context, Status, judged, told
 
 # CUDA 13 has no code for GPUs before Turing; bf16 arithmetic begins with Ampere.
 OLDEST_CAPABILITY = (7, 5)
@@ -37,9 +37,12 @@ def present(context: Context) -> Check:
 
 
 def count(context: Context) -> Check:
+    """A rank has a GPU of its own."""
     ranks, there = context.plan.world_size, len(context.machine.gpus)
     remedy = "set compute.processes to auto, or look at CUDA_VISIBLE_DEVICES and `nvidia-smi -L`"
-    return judged("gpu count", there >= ranks, str(there), f"{ranks}, one per rank", remedy)
+    return judged(
+        "gpu count", there >= ranks, str(there), f"{ranks}, one per rank", remedy, measured=there, unit="GPUs"
+    )
 
 
 def memory_size(context: Context) -> Check:
@@ -48,7 +51,13 @@ def memory_size(context: Context) -> Check:
     needed = context.plan.vram_needed_gib
     remedy = next((r for r in context.plan.reasons if r.startswith("GPU memory")), "see `make plan`")
     return judged(
-        "gpu memory", smallest >= needed, f"{smallest:.1f} GiB", f"{needed:.1f} GiB for this plan", remedy
+        "gpu memory",
+        smallest >= needed,
+        f"{smallest:.1f} GiB",
+        f"{needed:.1f} GiB for this plan",
+        remedy,
+        measured=smallest,
+        unit="GiB",
     )
 
 
@@ -57,15 +66,36 @@ def memory_free(context: Context) -> Check:
     fullest = min(context.machine.gpus, key=lambda gpu: gpu.memory_free_gib)
     needed = context.plan.vram_needed_gib
     found = f"{fullest.memory_free_gib:.1f} GiB free on GPU {fullest.index} of {fullest.memory_total_gib:.1f}"
-    remedy = "`nvidia-smi` lists the programs on the GPU: end them, or log in without a desktop"
+    if holders := _holders(context, fullest.uuid):
+        found += f"; held by {holders}"
+    remedy = "end the programs on the GPU (`nvidia-smi` lists them), or log in without a desktop"
     # Between the need and the spare it may work: that is a warning.
-    otherwise: Status = "warn" if fullest.memory_free_gib >= needed - GPU_SPARE_GIB else "fail"
+    free = fullest.memory_free_gib
+    otherwise: Status = "warn" if free >= needed - GPU_SPARE_GIB else "fail"
     return judged(
-        "gpu memory free", fullest.memory_free_gib >= needed, found, f"{needed:.1f} GiB", remedy, otherwise
+        "gpu memory free", free >= needed, found, f"{needed:.1f} GiB", remedy, otherwise, free, "GiB"
+    )
+
+
+def _holders(context: Context, uuid: str) -> str:
+    """`python (pid 4242) 3.1 GiB`: NVML knows the pids, the host's probe their names."""
+    card = next((card for card in context.sensors.get("cards", []) if card.uuid == uuid), None)
+    held = dict(card.processes or ()) if card else {}
+    processes, _ = told(context, "gpu_processes")
+    names = {}
+    for process in processes or []:
+        if process["gpu"] == uuid:
+            names[process["pid"]] = process["name"]
+            held.setdefault(process["pid"], process["gib"])
+    largest = sorted(held.items(), key=lambda item: item[1] or 0.0, reverse=True)[:3]
+    return ", ".join(
+        f"{names.get(pid, 'a program')} (pid {pid}){'' if gib is None else f' {gib:.1f} GiB'}"
+        for pid, gib in largest
     )
 
 
 def capability(context: Context) -> Check:
+    """CUDA 13 has no code for cards before Turing."""
     oldest = min(context.machine.gpus, key=lambda gpu: gpu.compute_capability or (99, 0))
     expected = f"{_dotted(OLDEST_CAPABILITY)} or newer (Turing)"
     if oldest.compute_capability is None:
@@ -76,6 +106,7 @@ def capability(context: Context) -> Check:
 
 
 def bf16(context: Context) -> Check:
+    """Arithmetic in bf16 begins with Ampere; on older cards fp16 takes its place."""
     wanted = context.settings.compute.dtype
     missing = [
         g for g in context.machine.gpus if g.compute_capability and g.compute_capability < BF16_CAPABILITY

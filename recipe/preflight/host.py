@@ -1,4 +1,4 @@
-"""Checks of the host: platform, Python, RAM, swap, disk, shared memory."""
+"""Checks of the host itself: platform, Python, CPU, RAM, disk, shared memory. What a container cannot see of it: system.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from recipe.container import in_container
 from recipe.hardware import disk_free_gib, refuse_unsupported
 from recipe.plan import Plan
 from recipe.plan.parts import total_gib
-from recipe.preflight.check import Check, Context, judged
+from recipe.preflight.check import Check, Context, judged, not_measured
 
 OLDEST_PYTHON = (3, 11)
 NEWEST_PYTHON = (3, 14)
@@ -16,9 +16,15 @@ NEWEST_PYTHON = (3, 14)
 SHM_GIB = 1.0
 # Below this share of free RAM a burst, such as another program, needs somewhere to go.
 THIN_MARGIN = 0.2
+# Reading the model at each start should not take longer than this.
+LOAD_SECONDS = 180
+NF4_BYTES_PER_PARAMETER = 0.53
+# Threads of one rank: Python's, OpenMP's and BLAS's pools, CUDA's, NCCL's, autograd's.
+TASKS_PER_RANK = 256
 
 
 def platform(context: Context) -> Check:
+    """The recipe runs on Linux alone; WSL2 counts."""
     machine = context.machine
     refusal = refuse_unsupported(machine.system, machine.arch)
     wsl = " in WSL2" if machine.wsl2 else ""
@@ -27,6 +33,7 @@ def platform(context: Context) -> Check:
 
 
 def python(context: Context) -> Check:
+    """Of .venv, or of the image: what the locked packages are built for."""
     version = tuple(int(part) for part in context.machine.python.split(".")[:2])
     oldest, newest = (".".join(map(str, edge)) for edge in (OLDEST_PYTHON, NEWEST_PYTHON))
     return judged(
@@ -48,6 +55,22 @@ def cores(context: Context) -> Check:
         f"at least {ranks}, one per rank",
         "it runs, but slowly; give the container or machine more cores, or set compute.processes to 1",
         otherwise="warn",
+        measured=machine.cores,
+        unit="cores",
+    )
+
+
+def tasks(context: Context) -> Check:
+    """Processes and threads that a container's or a user's control group allows; beyond it none can be started."""
+    limit, used = context.tasks.get("limit"), context.tasks.get("used", 0)
+    needed = TASKS_PER_RANK * context.plan.world_size
+    expected = f"{needed} to spare, {TASKS_PER_RANK} per rank, or no limit"
+    if limit is None:
+        return Check("task limit", "ok", "none", expected)
+    remedy = "raise it: docker's --pids-limit (compose: pids_limit), TasksMax= of the user's or service's unit in systemd"
+    found = f"{limit - used} left of {limit}"
+    return judged(
+        "task limit", limit - used >= needed, found, expected, remedy, "warn", limit - used, "tasks"
     )
 
 
@@ -62,10 +85,9 @@ def ram(context: Context) -> Check:
     found = f"{available:.1f} GiB available of {usable:.1f}{' (container limit)' if limited else ''}"
     if usable < needed:
         remedy = "raise the container's memory limit" if limited else "`make plan` shows the parts; add RAM"
-        return Check("ram", "fail", found, expected, f"{remedy}, or take a smaller model")
-    return judged(
-        "ram", available >= needed, found, expected, "close other programs: it may not fit", otherwise="warn"
-    )
+        return Check("ram", "fail", found, expected, f"{remedy}, or take a smaller model", available, "GiB")
+    remedy = "close other programs: it may not fit"
+    return judged("ram", available >= needed, found, expected, remedy, "warn", available, "GiB")
 
 
 def swap(context: Context) -> Check:
@@ -105,6 +127,23 @@ def disk(context: Context) -> Check:
     return judged("disk", good, "; ".join(found), "; ".join(expected), remedy)
 
 
+def disk_speed(context: Context) -> Check:
+    """In a row, past the page cache: each start reads the whole model."""
+    found = context.disk
+    size = context.plan.parameters * NF4_BYTES_PER_PARAMETER / 2**30
+    needed = size / LOAD_SECONDS
+    expected = f"the model's {size:.1f} GiB in {LOAD_SECONDS} s"
+    remedy = "put paths.models on a local NVMe or SSD: every start waits for it"
+    kind = found["kind"]
+    if "skipped" in found and kind in ("rotational", "network") and size > 1:
+        return Check("disk speed", "warn", f"{kind}; {found['skipped']}", expected, remedy)
+    if answer := not_measured("disk speed", found, expected, "look at the disk: `dmesg`, `df`"):
+        return answer
+    read, write = found["read_gib_per_second"], found["write_gib_per_second"]
+    text = f"{kind}: {read:.2f} GiB/s read, {write:.2f} written"
+    return judged("disk speed", read >= needed, text, expected, remedy, "warn", read, "GiB/s")
+
+
 def shm(context: Context) -> Check:
     """NCCL's transport between GPUs of one host."""
     size, expected = context.machine.shm_total_gib, f"at least {SHM_GIB:.0f} GiB for NCCL"
@@ -131,4 +170,4 @@ def _device_of(folder: Path) -> int:
     return folder.stat().st_dev
 
 
-CHECKS = [platform, python, cores, ram, swap, disk, shm]
+CHECKS = [platform, python, cores, tasks, ram, swap, disk, disk_speed, shm]

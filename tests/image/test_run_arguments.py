@@ -145,6 +145,7 @@ def test_runs_elsewhere_in_the_checkout_can_be_written(places):
         (["--output", "runs/results"], []),
         (["--figure", "OUT/chart.svg"], [("OUT", True)]),
         (["--figure", "runs/chart.svg"], []),
+        (["--bundle", "OUT/report.tar.gz"], [("OUT", True)]),
         (["--checkpoint", "OUT/models"], [("OUT/models", True)]),
     ],
 )
@@ -314,6 +315,7 @@ def options_and_service(call):
         ("export", "export"),
         ("chat", "chat"),
         ("eval", "export"),
+        ("doctor", "export"),
         ("plan", "export"),
         ("bench", "export"),
     ],
