@@ -11,7 +11,7 @@ export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
 unexport ARGS # meant for this make's command, not for the makes that the tests call
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat bench test \
+.PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat doctor bench test \
   test-long lint lock audit clean ready python provision unprovision
 .SILENT:
 
@@ -41,6 +41,7 @@ help:
 	'  make eval             loss, perplexity and samples (RUN=)' \
 	'  make export-adapters  a verified PEFT folder (RUN=)' \
 	'  make chat             talk to it, adapters on or off (RUN=)' \
+	"  make doctor           what went wrong in a run and what to do (RUN=, or ARGS='--log FILE')" \
 	'' \
 	'Work on the recipe' \
 	'  make bench            speed and memory at true shapes, against other ways (ARGS=)' \
@@ -79,10 +80,13 @@ demo: python
 	$(RECIPE) demo $(with_run) $(ARGS)
 
 plan preflight prepare: python
-	$(RECIPE) $@ $(with_config) $(ARGS)
+	$(RECIPE) $@ $(with_config) $(with_data) $(ARGS)
 
 train: python
 	$(RECIPE) train $(with_config) $(with_data) $(with_run) $(ARGS)
+
+doctor: python
+	$(RECIPE) doctor $(with_run) $(ARGS)
 
 eval chat: python
 	$(RECIPE) $@ $(with_run) $(ARGS)

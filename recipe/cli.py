@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from recipe import __version__
@@ -87,14 +88,22 @@ def parser() -> argparse.ArgumentParser:
 
     plan = add("plan", "does it fit, part by part; needs neither GPU nor weights", _plan, config=True)
     plan.add_argument("--gpus", type=int, metavar="N", help="plan for this many GPUs, 0 for a CPU")
-    plan.add_argument("--vram-gib", type=float, metavar="G", help="memory of each of them")
+    plan.add_argument("--vram-gib", metavar="G[,G…]", help="memory of each of them, or of one and the other")
     plan.add_argument(
-        "--card", metavar="NAME", help="which card they are, such as 'RTX 4090', for the time that it takes"
+        "--gpu", metavar="NAME[,NAME…]", help="which cards they are, such as 'RTX 4090' or '3090,4090'"
     )
     plan.add_argument("--ram-gib", type=float, metavar="R", help="memory of the host")
-    add("preflight", "is this machine able to do it", _preflight, config=True)
+    plan.add_argument("--kwh-price", type=float, metavar="P", help="of energy, for what the run costs")
+    plan.add_argument("--sweep", action="store_true", help="tokens/s over lengths and numbers of cards")
+    plan.add_argument("--figure", metavar="FILE.svg", help="with --sweep: write a bar chart too")
+    plan.add_argument("--calibrate", action="store_true", help="measure this machine's GPUs first, in 30 s")
+    check = add("preflight", "is this machine able to do it", _preflight, config=True)
+    check.add_argument("--quick", action="store_true", help="measure nothing: within 5 s")
     add("prepare", "find or download the model and quantise it to NF4", _prepare, config=True)
-    add("train", "train, or go on with an unfinished run", _train, config=True, run_name=True)
+    train = add("train", "train, or go on with an unfinished run", _train, config=True, run_name=True)
+    train.add_argument(
+        "--force", action="store_true", help="try it although the plan says that it cannot fit"
+    )
     evaluate = add(
         "eval", "held-out loss, perplexity and samples, without and with the adapters", _eval, run_name=True
     )
@@ -108,6 +117,13 @@ def parser() -> argparse.ArgumentParser:
         help="system message in place of the one that the training rows began with",
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
+    doctor = add("doctor", "what went wrong in a run or a log, and what to do", _doctor, run_name=True)
+    doctor.add_argument("--log", metavar="FILE", help="a log of accelerate or torchrun, of any program")
+    doctor.add_argument(
+        "--bundle", metavar="FILE.tar.gz", help="an archive for an issue report, without secrets and data"
+    )
+    doctor.add_argument("--list", action="store_true", help="all failures that are known")
+    doctor.add_argument("--markdown", action="store_true", help="with --list: as in docs/troubleshooting.md")
     add("demo", "the whole job, small and real: prepare, train, export, compare", _demo, run_name=True)
     _bench_options(
         add("bench", "speed and memory at a model's true shapes, random weights, against other ways", _bench)
@@ -173,7 +189,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--suite",
         metavar="NAME",
-        help="two-cards: all that is claimed of two GPUs, with faults and equality, against what it must be",
+        help="two-cards: all that is claimed of two GPUs, against what it must be; plan: what was foreseen against "
+        "what real trainings take",
     )
     bench.add_argument("--output", metavar="FOLDER", help="for the results of a suite: JSON, figures, report")
 
@@ -218,22 +235,56 @@ def _print(value: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from recipe.plan import make_plan, render
+    from recipe import plan
+    from recipe.plan import calibrate
     from recipe.prepare import prepared_folder
 
     settings = _settings(arguments)
-    machine = _machine(settings)
-    plan = make_plan(
-        settings,
-        machine,
+    if arguments.figure and not arguments.sweep:
+        raise UserError("--figure: expected with --sweep, whose rates it shows")
+    models = settings.paths.models
+    cards = calibrate.calibrate(models) if arguments.calibrate else calibrate.read(models)
+    target = plan.target_of(
+        _machine(settings),
         gpus=arguments.gpus,
-        vram_gib=arguments.vram_gib,
-        card_name=arguments.card,
+        vram_gib=_sizes("--vram-gib", arguments.vram_gib),
+        card_names=arguments.gpu.split(",") if arguments.gpu else None,
         ram_gib=arguments.ram_gib,
-        prepared=prepared_folder(settings),
+        measured=cards,
     )
-    _print(plan.to_dict()) if arguments.json else print(render(plan))
-    return 0 if plan.fits else 1
+    folder = prepared_folder(settings)
+    if arguments.sweep:
+        return _sweep(arguments, settings, target, folder)
+    found = plan.plan_for(settings, target, folder)
+    ways = [] if found.fits else plan.ways_out(settings, target, folder)
+    if arguments.json:
+        _print(found.to_dict() | {"ways": [{"change": way.change, **way.plan.to_dict()} for way in ways]})
+    else:
+        print(plan.render(found, ways, arguments.kwh_price))
+    return 0 if found.fits else 1
+
+
+def _sweep(arguments: argparse.Namespace, settings: Settings, target: Any, folder: Path) -> int:
+    import dataclasses
+
+    from recipe.files import write_text
+    from recipe.plan import sweep
+
+    if not target.gpus or target.cards[0] is None:
+        raise UserError("--sweep: the card's rate is not known here, expected --gpu NAME as well")
+    found = sweep.sweep(settings, target, folder)
+    if arguments.figure:
+        write_text(Path(arguments.figure), sweep.figure(found))
+    _print(dataclasses.asdict(found)) if arguments.json else print(sweep.render(found))
+    return 0
+
+
+def _sizes(option: str, text: str | None) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"{option} is `{text}`, expected GiB, such as 24, or 24,16 for two cards") from None
 
 
 def _preflight(arguments: argparse.Namespace) -> int:
@@ -244,9 +295,17 @@ def _preflight(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     machine = _machine(settings)
     folder = prepared_folder(settings)
-    checks = preflight.run_checks(settings, machine, make_plan(settings, machine, prepared=folder), folder)
+    context = preflight.Context(
+        settings,
+        machine,
+        make_plan(settings, machine, prepared=folder),
+        folder,
+        quick=arguments.quick,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    checks = preflight.run_checks(context)
     _print(preflight.to_dict(checks)) if arguments.json else print(preflight.render(checks))
-    if line := hostenv.write(".", machine):
+    if line := hostenv.write(".", machine, *preflight.measured_copies(context)):
         print(line, file=sys.stderr)
     return 1 if preflight.failed(checks) else 0
 
@@ -278,20 +337,30 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from recipe.plan import make_plan, render
+    from recipe.plan import calibrate, plan_for, render, target_of, ways_out
+    from recipe.plan.budget import with_tokens
     from recipe.prepare import prepare, prepared_folder
     from recipe.train import launch
     from recipe.train.run import begin_or_continue
 
     settings = _settings(arguments)
     machine = _machine(settings)
-    _, goes_on = begin_or_continue(settings, arguments.run)
-    plan = make_plan(settings, machine, prepared=prepared_folder(settings))
+    run, goes_on = begin_or_continue(settings, arguments.run)
+    if goes_on:  # with what a plan has decided once for all
+        settings = with_tokens(settings, run.settings().micro_batch_tokens)
+    target, folder = (
+        target_of(machine, measured=calibrate.read(settings.paths.models)),
+        prepared_folder(settings),
+    )
+    plan = plan_for(settings, target, folder)
+    settings = plan.decided(settings)
     if not goes_on:
         launch.check(settings, plan.world_size)
     if not plan.fits:
-        print(render(plan), file=sys.stderr)
-        raise Refused(f"{arguments.config}: does not fit on this machine; see the reasons above")
+        print(render(plan, ways_out(settings, target, folder)), file=sys.stderr)
+        if not arguments.force:
+            raise Refused(f"{arguments.config}: does not fit on this machine; see above, or try with --force")
+        print("trying all the same (--force)", file=sys.stderr)
     prepared = prepare(settings)
     try:
         run = launch.start(settings, arguments.run, prepared, machine, plan)
@@ -332,6 +401,22 @@ def _chat(arguments: argparse.Namespace) -> int:
     return chat.chat(
         _existing_run(arguments), arguments.once, adapters=not arguments.base, system=arguments.system
     )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from recipe import doctor
+
+    asked = [name for name in ("list", "log", "run") if getattr(arguments, name)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]}: expected one of --run NAME, --log FILE and --list")
+    if arguments.markdown and not arguments.list:
+        raise UserError("--markdown: expected only with --list")
+    if arguments.list:
+        return doctor.list_rules(arguments.json, arguments.markdown)
+    bundle = Path(arguments.bundle) if arguments.bundle else None
+    if arguments.log:
+        return doctor.doctor(None, Path(arguments.log), arguments.json, bundle)
+    return doctor.doctor(_existing_run(arguments), None, arguments.json, bundle)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from recipe.errors import Refused, UserError
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "recipe" / "configs" / "smollm2-135m.yaml")
-COMMANDS = ("plan", "preflight", "prepare", "train", "eval", "export", "chat", "demo", "bench")
+COMMANDS = ("plan", "preflight", "prepare", "train", "eval", "export", "chat", "doctor", "demo", "bench")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -58,10 +58,10 @@ def test_what_does_not_fit_ends_with_1(capsys):
 def test_a_named_card_has_its_own_time(capsys):
     seconds = []
     for card in ("RTX 3090", "rtx 4090"):
-        assert plan("--gpus", "2", "--vram-gib", "24", "--ram-gib", "64", "--card", card, "--json") == 0
+        assert plan("--gpus", "2", "--vram-gib", "24", "--ram-gib", "64", "--gpu", card, "--json") == 0
         found = json.loads(capsys.readouterr().out)
-        assert found["card"].lower() == card.lower() and found["card_assumed"]
-        seconds.append(found["predicted_seconds"])
+        assert {name.lower() for name in found["cards"]} == {card.lower()} and found["cards_assumed"]
+        seconds.append(found["duration"]["run_seconds"])
     assert seconds[1] < seconds[0]
 
 

@@ -241,6 +241,21 @@ def test_exit_codes_and_refusals_come_through(trained):
     assert number == 2 and "nowhere.yaml" in line
 
 
+def test_the_doctor_looks_at_a_run_a_log_and_the_hosts_kernel(trained, tmp_path):
+    folder, _ = trained
+    done = make(folder, "doctor", "RUN=first", "ARGS=--json")
+    assert (done.returncode, json.loads(done.stdout)["diagnoses"]) == (0, [])
+    log, bundle = folder / "runs/other.log", folder / "runs/report.tar.gz"
+    log.write_text("Traceback (most recent call last):\nModuleNotFoundError: No module named 'trl'\n")
+    done = make(folder, "doctor", "ARGS=--json --log runs/other.log --bundle runs/report.tar.gz")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["diagnoses"][0]["rule"] == "missing_package" and bundle.stat().st_size > 0
+    # The image has no dmesg: these lines, or why there are none, come from the host's probe.
+    assert read_json(folder / ".cache/host-probe.json")["parts"]["kernel_log"].keys() == {"found", "why"}
+    assert any("dmesg" in line and "not installed" not in line for line in found["looked_at"])
+
+
 def test_a_model_that_is_not_there_is_refused_at_once(prepared, tmp_path):
     done = make(prepared, "train", CONFIG, "RUN=none", "ARGS=--set paths.models=runs/no-models")
     assert done.returncode == 2
