@@ -289,7 +289,7 @@ def _sizes(option: str, text: str | None) -> list[float]:
 
 def _preflight(arguments: argparse.Namespace) -> int:
     from recipe import hostenv, preflight
-    from recipe.plan import make_plan
+    from recipe.plan import calibrate, make_plan
     from recipe.prepare import prepared_folder
 
     settings = _settings(arguments)
@@ -298,7 +298,8 @@ def _preflight(arguments: argparse.Namespace) -> int:
     context = preflight.Context(
         settings,
         machine,
-        make_plan(settings, machine, prepared=folder),
+        # As `recipe train` will plan it, which goes by a calibration too.
+        make_plan(settings, machine, prepared=folder, measured=calibrate.read(settings.paths.models)),
         folder,
         quick=arguments.quick,
         say=lambda line: print(line, file=sys.stderr, flush=True),

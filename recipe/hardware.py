@@ -159,7 +159,7 @@ def refuse_unsupported(system: str | None = None, arch: str | None = None) -> st
 def read_meminfo(root: Path) -> dict[str, int]:
     """/proc/meminfo in bytes."""
     sizes = {}
-    for line in _text(root / "proc/meminfo").splitlines():
+    for line in text_of(root / "proc/meminfo").splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
         if words and words[0].isdigit():
@@ -176,10 +176,10 @@ def cgroup_memory(root: Path) -> tuple[int | None, int | None]:
             if version == 2
             else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
-        limit = _integer(_text(folder / limit_file))
+        limit = _integer(text_of(folder / limit_file))
         if limit is None or limit >= NO_LIMIT or (tightest[0] is not None and limit >= tightest[0]):
             continue
-        used = _integer(_text(folder / usage_file)) or 0
+        used = _integer(text_of(folder / usage_file)) or 0
         tightest = (limit, max(0, limit - used + _page_cache(folder)))
     return tightest
 
@@ -192,9 +192,9 @@ def usable_cores(root: Path) -> int:
         cores = os.cpu_count() or 1
     for folder, version in cgroup_folders(root, "cpu"):
         if version == 2:
-            quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+            quota, _, period = text_of(folder / "cpu.max").strip().partition(" ")
         else:
-            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+            quota, period = text_of(folder / "cpu.cfs_quota_us"), text_of(folder / "cpu.cfs_period_us")
         limit, length = _integer(quota), _integer(period)
         if limit and length and limit > 0:
             cores = min(cores, max(1, round(limit / length)))
@@ -230,8 +230,8 @@ def display_devices(root: Path) -> list[DisplayDevice]:
     found = []
     folder = root / "sys/bus/pci/devices"
     for device in sorted(folder.iterdir()) if folder.is_dir() else []:
-        vendor = _text(device / "vendor").strip()
-        if vendor in (NVIDIA, AMD) and _text(device / "class").startswith(("0x03", "0x12")):
+        vendor = text_of(device / "vendor").strip()
+        if vendor in (NVIDIA, AMD) and text_of(device / "class").startswith(("0x03", "0x12")):
             driver = device / "driver"
             found.append(
                 DisplayDevice(device.name, vendor, driver.resolve().name if driver.exists() else None)
@@ -313,7 +313,7 @@ def cgroup_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
     """
     mount = root / "sys/fs/cgroup"
     folders = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":
@@ -329,7 +329,7 @@ def cgroup_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
 
 def _page_cache(folder: Path) -> int:
     """Bytes of a cgroup's usage that the kernel gives back when asked: inactive file pages."""
-    for line in _text(folder / "memory.stat").splitlines():
+    for line in text_of(folder / "memory.stat").splitlines():
         name, _, size = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file") and size.isdigit():
             return int(size)
@@ -342,14 +342,14 @@ def _shm_total_gib(root: Path) -> float | None:
 
 
 def _distribution(root: Path) -> str:
-    for line in _text(root / "etc/os-release").splitlines():
+    for line in text_of(root / "etc/os-release").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.partition("=")[2].strip('"')
     return platform.system()
 
 
 def _cpu_model(root: Path) -> str:
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in text_of(root / "proc/cpuinfo").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -366,7 +366,8 @@ def _integer(text: str) -> int | None:
         return None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Of a small file of /proc or /sys; empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

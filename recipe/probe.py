@@ -137,7 +137,7 @@ def gpu_processes(root: Path) -> list[dict]:
     for line in said.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) == 3 and cells[0].isdigit():
-            name = _text(root / "proc" / cells[0] / "comm").strip() or "unknown"
+            name = hardware.text_of(root / "proc" / cells[0] / "comm").strip() or "unknown"
             held = int(cells[2]) / 1024 if cells[2].isdigit() else None
             found.append({"pid": int(cells[0]), "name": name, "gpu": cells[1], "gib": held})
     return found
@@ -148,7 +148,7 @@ def iommu(root: Path) -> str:
     groups = root / "sys/kernel/iommu_groups"
     if not groups.is_dir():
         raise Unknown("sysfs shows no iommu_groups")
-    kinds = {_text(group / "type").strip() for group in groups.iterdir()}
+    kinds = {hardware.text_of(group / "type").strip() for group in groups.iterdir()}
     if not kinds:
         return "off"
     return "passthrough" if kinds <= {"identity", ""} and kinds != {""} else "translated"
@@ -160,7 +160,7 @@ def swap_devices(root: Path) -> list[dict]:
     if not table.is_file():
         raise Unknown("no /proc/swaps")
     found = []
-    for line in _text(table).splitlines()[1:]:
+    for line in hardware.text_of(table).splitlines()[1:]:
         words = line.split()
         if len(words) == 5:
             kind = "zram" if words[0].startswith("/dev/zram") else words[1]
@@ -178,7 +178,7 @@ def swap_devices(root: Path) -> list[dict]:
 def limits(root: Path) -> dict:
     """memlock of this user in bytes (None: no limit) and the kernel's overcommit mode."""
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    mode = _text(root / "proc/sys/vm/overcommit_memory").strip()
+    mode = hardware.text_of(root / "proc/sys/vm/overcommit_memory").strip()
     return {
         "memlock_bytes": None if locked == resource.RLIM_INFINITY else locked,
         "overcommit": int(mode) if mode.isdigit() else None,
@@ -266,13 +266,6 @@ def _run(*command: str) -> str:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise Unknown(f"{command[0]} ended with {done.returncode}: {said[0][:150] if said else 'no message'}")
     return done.stdout
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tests.clones import clone  # noqa: F401, a fixture of two files
 collect_ignore = [] if os.environ.get("RECIPE_LONG") else ["long"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Files that are slow as a whole come last, so that what is broken shows early.
     items.sort(key=lambda item: item.getparent(pytest.Module).get_closest_marker("slow") is not None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -20,6 +20,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     if not torch.cuda.is_available():
+        if config.option.markexpr.strip() == "gpu":  # asked for: skipping all of them would look like success
+            raise pytest.UsageError(
+                "-m gpu: torch finds no NVIDIA GPU here; `make preflight` looks for the reason"
+            )
         for item in marked:
             item.add_marker(
                 pytest.mark.skip(reason="needs an NVIDIA GPU (torch.cuda.is_available() is False)")

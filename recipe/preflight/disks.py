@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from recipe.hardware import text_of
+
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "fuse.sshfs", "virtiofs")
 
 
@@ -13,7 +15,7 @@ def kind_of(folder: Path, root: Path = Path("/")) -> str:
     folder = existing(folder)
     number = folder.stat().st_dev
     best, system = "", ""
-    for line in _text(root / "proc/self/mounts").splitlines():
+    for line in text_of(root / "proc/self/mounts").splitlines():
         words = line.split()
         place = words[1].replace("\\040", " ")
         if len(place) >= len(best) and (folder == Path(place) or Path(place) in folder.parents):
@@ -28,7 +30,7 @@ def kind_of(folder: Path, root: Path = Path("/")) -> str:
     device = block.resolve()
     # A partition's queue is its disk's.
     disk = device if (device / "queue").is_dir() else device.parent
-    turning = _text(disk / "queue/rotational").strip()
+    turning = text_of(disk / "queue/rotational").strip()
     if disk.name.startswith("nvme"):
         return "nvme"
     if disk.name.startswith(("vd", "xvd")):  # a virtual machine's says `rotational` whatever lies below
@@ -42,10 +44,3 @@ def existing(folder: Path) -> Path:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -72,6 +72,12 @@ def test_a_calibration_is_used_where_the_card_is_here(tmp_path, capsys, monkeypa
     (tmp_path / "calibration.json").write_text(json.dumps({"torch": "2.13.0", "gpus": {name: rates}}))
     after = json_of(capsys, *words)["duration"]
     assert after["measured"] and after["tokens_per_second"] > 1.5 * before["tokens_per_second"]
+    planned = []
+    monkeypatch.setattr("recipe.preflight.run_checks", lambda context: planned.append(context.plan) or [])
+    monkeypatch.setattr("recipe.hostenv.write", lambda *_: None)
+    main(["preflight", "--quick", *words[1:3], "--set", f"paths.models={tmp_path}"])
+    assert planned[0].duration.measured  # preflight judges the run that will be trained
+    capsys.readouterr()
     (tmp_path / "calibration.json").write_text('{"gpus": {"x": {}}}')
     assert main(words) == 2
     assert "calibration.json: is no calibration of ours" in capsys.readouterr().err

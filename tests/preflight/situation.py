@@ -123,12 +123,15 @@ def probed(host=None) -> dict:
     }
 
 
-def plan(settings, machine, made: dict[str, Plan] = {}) -> Plan:  # noqa: B006
+PLANS: dict[str, Plan] = {}
+
+
+def plan(settings, machine) -> Plan:
     """Plans are made once: nearly all situations are the same request."""
     key = repr((settings, machine))
-    if key not in made:
-        made[key] = make_plan(settings, machine)
-    return made[key]
+    if key not in PLANS:
+        PLANS[key] = make_plan(settings, machine)
+    return PLANS[key]
 
 
 def situations(broken, folder: Path, monkeypatch) -> Iterator[Context]:
