@@ -234,15 +234,23 @@ def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], watching: G
     if run.finished:
         return
     if stops and (len(stops) > 1 or "loaded" not in kinds or "stopped" in kinds):
-        raise Stopped(run, stops[0])  # what ranks say that were ended so is no error
+        raise _stopped(run, kinds, stops)  # what ranks say that were ended so is no error
     _raise_if_killed(run, watching)
     if errors := [event for event in events if event["kind"] == "error"]:
         _raise(errors[0], run)
     if stops:
-        raise Stopped(run, stops[0])
+        raise _stopped(run, kinds, stops)
     text = f"training ended without a result (launcher's exit code {code}); see {run.log}"
     run.event("error", text, cause="rank_died", exit_code=1)
     raise Refused(text)
+
+
+def _stopped(run: Run, kinds: set[str], stops: list[int]) -> Stopped:
+    """Stopped, with an event that says so; the ranks write it only where they were training."""
+    if "stopped" not in kinds:
+        when = "at once, without a new checkpoint" if "loaded" in kinds else "before the model was loaded"
+        run.event("stopped", f"stopped by {signal.Signals(stops[0]).name} {when}")
+    return Stopped(run, stops[0])
 
 
 def _raise_if_killed(run: Run, watching: Guard) -> None:

@@ -22,7 +22,16 @@ from tests.doctor.provoked import (
     scratch,
     verdict,
 )
-from tests.train.tiny_run import end, flip_a_byte, start_training, train, wait_for, wait_for_step, words_below
+from tests.train.tiny_run import (
+    end,
+    flip_a_byte,
+    jsonl,
+    start_training,
+    train,
+    wait_for,
+    wait_for_step,
+    words_below,
+)
 
 pytestmark = pytest.mark.slow
 HEALTHY = Path(healthy.__file__)
@@ -101,6 +110,7 @@ def early_stop() -> list[str]:
     wait_for(lambda: "torch.distributed.run" in words_below(process), process)
     process.send_signal(signal.SIGINT)
     assert end(process)[0] == 130
+    assert [event["kind"] for event in jsonl(runs() / "early" / "events.jsonl")] == ["stopped"]
     return ["--run", "early"]
 
 

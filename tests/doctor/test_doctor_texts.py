@@ -203,6 +203,15 @@ def test_a_run_without_an_end_was_ended_at_once(tmp_path):
     assert run_with(tmp_path / "r", [event("loaded", time=now), event("begun", time=now)]) == ["no_end"]
 
 
+@pytest.mark.parametrize("exit_code", [-2, 1])
+def test_ranks_that_a_stop_ends_before_they_listen_are_no_failure(exit_code, tmp_path):
+    """How Python ends on Ctrl-C amid imports varies; one rank may also still tell of another that is gone."""
+    ends = f"KeyboardInterrupt\nfailed (exitcode: {exit_code}) local_rank: 0 (pid: 7) of binary: python\nChildFailedError: \n"
+    now = time.time()
+    events = [event("error", "unexpected", time=now - 1, exit_code=1), event("stopped", time=now)]
+    assert run_with(tmp_path / "r", events, log=TRACE + ends) == []
+
+
 def test_throttling_that_lasts_is_told_and_a_warning_of_it_alone_is_not(tmp_path):
     step = {"loss": 1.0, "temperature_celsius": [88.0, None]}
     rates = [100.0] * 6 + [50.0] * 6
