@@ -76,11 +76,30 @@ def test_a_calibration_is_used_where_the_card_is_here(tmp_path, capsys, monkeypa
     monkeypatch.setattr("recipe.preflight.run_checks", lambda context: planned.append(context.plan) or [])
     monkeypatch.setattr("recipe.hostenv.write", lambda *_: None)
     main(["preflight", "--quick", *words[1:3], "--set", f"paths.models={tmp_path}"])
-    assert planned[0].duration.measured  # preflight judges the run that will be trained
+    monkeypatch.setattr("recipe.train.launch.check", lambda settings, ranks: None)
+    monkeypatch.setattr("recipe.prepare.prepare", lambda settings: None)
+    monkeypatch.setattr("recipe.train.launch.start", lambda *given: planned.append(given[-1]) or stopped())
+    main(
+        [
+            "train",
+            "--force",
+            *words[1:3],
+            "--set",
+            f"paths.models={tmp_path}",
+            "--set",
+            f"paths.runs={tmp_path}",
+        ]
+    )
+    # Preflight judges the run that will be trained.
+    assert len(planned) == 2 and all(plan.duration.measured for plan in planned)
     capsys.readouterr()
     (tmp_path / "calibration.json").write_text('{"gpus": {"x": {}}}')
     assert main(words) == 2
     assert "calibration.json: is no calibration of ours" in capsys.readouterr().err
+
+
+def stopped():
+    raise KeyboardInterrupt
 
 
 def test_without_a_gpu_nothing_is_calibrated(tmp_path, capsys, monkeypatch):
