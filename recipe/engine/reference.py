@@ -5,7 +5,7 @@ rounded once, at the end. Nothing here is seen by autograd: the caller is an aut
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,8 +39,9 @@ class Nested(NamedTuple):
     offset: float
 
 
+@lru_cache(maxsize=2)  # a layer's backward asks for each of its masks three times in a row
 def dropout_mask(rows: int, cols: int, dropout: Dropout, row0: int, device: torch.device | str) -> Tensor:
-    """True where an element stays: (rows, cols) of the matrix whose row `row0` is the first one here."""
+    """True where an element stays: (rows, cols) of the matrix whose row `row0` is the first one here. Read only."""
     hashes = _hashes(rows, cols, dropout.key, row0, device)
     # Both shifted by 2**31: signed numbers then compare as the unsigned ones that they stand for.
     return (hashes ^ -(2**31)) >= dropout.threshold - 2**31
