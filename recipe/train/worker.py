@@ -7,6 +7,10 @@ Everything about the run stands in its folder: config.yaml and the tokenised row
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # what is imported stays: to look for garbage among it would be a sixth of a rank's start
+
 import argparse
 import json
 import math
@@ -42,6 +46,9 @@ from recipe.train.rehearsal import rehearse
 from recipe.train.run import Run, read_jsonl
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from recipe.train.watch import StopRequest, Watch
+
+gc.freeze()
+gc.enable()
 
 BLAME_SECONDS = 1.0  # ten looks of the launcher
 # What torch's allocator for the host and the system say where RAM or its limit is full.
