@@ -1,10 +1,9 @@
-"""The image by a real engine: another digest for another byte, and nothing in it that should not be.
+"""The image by a real engine: known by its digest, and nothing in it that should not be.
 
-That two builds from nothing have one digest: tests/long/test_image_twice.py.
+That two builds from nothing have one digest, and other sources another: tests/long/test_image_twice.py.
 """
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.calls import ROOT, TOKEN, environment, make
+from tests.docker.calls import ROOT, TOKEN, make
 from tests.machine import lacks
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -31,22 +30,6 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow]
 def test_the_engine_knows_it_by_that_digest(image):
     found = json.loads(subprocess.check_output(["docker", "image", "inspect", image.name]))[0]
     assert found["Id"] == image.record["digest"]
-
-
-def test_one_byte_of_the_sources_is_another_digest(image, copy_of_the_sources):
-    """In a clone with its commit; that a clone as such has the same digest is what `make build-check` compares."""
-    folder = copy_of_the_sources()
-    shutil.copytree(ROOT / ".git", folder / ".git")
-    for name in ("debs", "wheels"):
-        source, copy = ROOT / "build/image" / name / "cpu", folder / "build/image" / name / "cpu"
-        shutil.copytree(source, copy, copy_function=os.link)
-    changed = folder / "recipe/errors.py"
-    changed.write_bytes(changed.read_bytes().replace(b"a", b"b", 1))
-    command = [sys.executable, "scripts/image.py", "digest"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", done.stdout)
-    assert done.stdout.strip() != image.record["digest"]
 
 
 def test_it_says_how_large_it_is_and_why(image):
