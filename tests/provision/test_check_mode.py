@@ -1,7 +1,8 @@
 """`--check --diff` shows what would come and changes nothing; `--tags checks` only looks.
 
-Each on one release: tests/long/test_check_mode_elsewhere.py has the others. Debian's hosts are Debian. Nothing of Ubuntu or of WSL2 can be had here: those hosts are Debian under another name, with
-packages that are empty, and what these tests keep is which names the play chooses there, and that it gets to its end.
+Each on one release: tests/long/test_check_mode_elsewhere.py has the others. Debian's hosts are Debian. Nothing of Ubuntu or
+of WSL2 can be had here: those hosts are Debian under another name, with packages that are empty, and what these tests keep is
+which names the play chooses there, and that it gets to its end.
 """
 
 import re
