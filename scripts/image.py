@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build/image"
 NAME = "qlora-70b-recipe"
 # Largest size, GB, of the unpacked layers; what a build needs on the disk, GiB (packages, image, Docker's two copies).
-LIMIT_GB = {"cpu": 1.6, "gpu": 7.0}
+LIMIT_GB = {"cpu": 1.8, "gpu": 7.0}
 DISK_GIB = {"cpu": 8, "gpu": 35}
 # All that docker needs of the environment, in which a token may be.
 ENVIRONMENT = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "TMPDIR")
