@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from recipe.engine.marks import Mark, unmarked
 from recipe.engine.rows import rows_of_rank
 from recipe.errors import UserError
-from recipe.files import read_json, sha256_of, write_json, write_text, written_aside
+from recipe.files import read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from recipe.engine.lora import Adapters
@@ -34,7 +33,7 @@ RNG = "rng.safetensors"
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"  # transformers reads it from the checkpoint's folder by this name
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SYNC = "sync what was written"  # the mark of the one operation that writes to the disk and makes no mark meanwhile
+WAIT = "wait for the checkpoint before"  # the mark of the one operation in which others write to the disk
 
 
 def adapter_name(parameter_name: str) -> str:
@@ -63,53 +62,10 @@ def gather_adapters(model: nn.Module, mark: Mark = unmarked) -> dict[str, torch.
     return adapters
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    runs: Adapters,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    trainer_state: str,
-    mark: Mark = unmarked,
-    mark_alone: Mark = unmarked,
-) -> None:
-    """Write a checkpoint (a collective; rank 0 writes). `trainer_state` is transformers' own, as JSON.
-
-    mark and mark_alone are told what begins: on all ranks alike, and on rank 0 alone.
-    """
-    adapters = gather_adapters(model, mark)
-    moments: dict[str, torch.Tensor] = {}
-    held = optimizer.state[runs.flat]
-    for name, parameter in trained_parameters(model):
-        mark("gather moments")
-        for key in MOMENTS:
-            moments[f"{name}.{key}"] = gather(runs.part_of(held[key], parameter))
-    moments["step"] = held["step"].detach().cpu().reshape(1)
-    mark("gather random states")
-    random_states: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(random_states, _random_state())
-    if dist.get_rank() == 0:
-        with written_aside(folder) as aside:
-            mark_alone("write adapters")
-            save_file(adapters, aside / ADAPTERS, metadata={"format": "pt"})
-            mark_alone("write moments")
-            save_file(moments, aside / OPTIMIZER)
-            save_file(
-                {
-                    f"{rank}.{key}": value
-                    for rank, states in enumerate(random_states)
-                    for key, value in states.items()
-                },
-                aside / RNG,
-            )
-            write_text(aside / TRAINER_STATE, trainer_state)
-            mark_alone("hash what was written")
-            hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-            whole = {**state, "world_size": dist.get_world_size(), "sha256": hashes}
-            write_json(aside / STATE, {**whole, "state_sha256": _state_hash(whole)})
-            mark_alone(SYNC)
-    mark("barrier after the save")
-    dist.barrier()
+def write_state(aside: Path, state: dict[str, Any], hashes: dict[str, str]) -> None:
+    """The file that makes a folder a checkpoint: its step and scheduler, the hash of each other file and its own."""
+    whole = {**state, "sha256": hashes}
+    write_json(aside / STATE, {**whole, "state_sha256": _state_hash(whole)})
 
 
 def load_parameters(folder: Path, model: nn.Module) -> None:
@@ -181,12 +137,19 @@ def _state_hash(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def prune(run: Path, keep: int) -> None:
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Keep the newest ones, and that of the step `best`."""
     for folder in checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+        if best is None or folder.name != name_of(best):
+            shutil.rmtree(folder)
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """torch's, of this rank, by device."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
