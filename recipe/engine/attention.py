@@ -67,6 +67,7 @@ class Attention:
             and q.shape[0] >= CUDNN_MEAN_TOKENS * (len(documents.starts) - 1)
             and documents.shortest >= CUDNN_FEWEST_TOKENS
             and q.shape[-1] in CUDNN_HEAD_DIMS
+            and not torch.are_deterministic_algorithms_enabled()  # its backward is not
             and torch.cuda.get_device_capability(q.device)[0] >= 9
         )
         return "cudnn" if cudnn else "varlen"

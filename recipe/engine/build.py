@@ -52,6 +52,7 @@ class Build:
     placement: Placement
     max_tokens: int
     kernels: str = "fused"
+    neftune_alpha: float = 0.0
     mark: Mark = unmarked
 
     @property
@@ -111,6 +112,7 @@ def make_engine(
         activations=Activations(slots, device, streams),
         placement=placement,
         dropout=lora.dropout,
+        neftune_alpha=build.neftune_alpha,
         mark=build.mark,
     )
     for (layer, module, kind), parameter in adapters.parameters.items():
@@ -152,6 +154,7 @@ def peft_config(lora: Lora) -> LoraConfig:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
         target_modules=list(lora.target_modules),
         bias="none",
         task_type="CAUSAL_LM",

@@ -40,6 +40,16 @@ def set_accumulation(settings: Settings, dtype: torch.dtype) -> None:
     torch.backends.cuda.matmul.allow_fp16_accumulation = settings.compute.accumulate == "fp16"
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Only operations that give the same bits each time: FlashAttention's backward then adds up in a fixed order.
+
+    torch raises where it has no such kernel. cuBLAS needs CUBLAS_WORKSPACE_CONFIG, which the launcher sets.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    # What is not yet written is never read here: to fill it would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = not wanted
+
+
 def attention_kind(settings: Settings, dtype: torch.dtype) -> str:
     """`varlen` (FlashAttention-2 inside torch) or `sdpa`. Raises UserError where the one asked for cannot be had."""
     wanted = settings.compute.attention

@@ -50,6 +50,13 @@ class Batch:
     labelled: torch.Tensor
     targets: torch.Tensor
 
+    @property
+    def documents_of_labelled(self) -> torch.Tensor:
+        """The number of the document that each labelled token is in."""
+        return torch.searchsorted(
+            self.documents.bounds[1:].to(self.labelled.dtype), self.labelled, right=True
+        )
+
     @classmethod
     def of(cls, inputs: dict[str, Any], device: torch.device) -> Batch:
         """From what PackedCollator makes: tensors (1, tokens), labels -100 where a token is not in the loss."""
@@ -65,17 +72,23 @@ class Batch:
 
 @dataclass
 class Left:
-    """What a forward leaves for its backward besides activations: the gradient of the labelled tokens' last states."""
+    """What a forward leaves for its backward besides activations: the gradient of the labelled tokens' last states.
+
+    That of the sum of their losses. Each token's row stands for its own loss alone, so a weight per token makes of it
+    the gradient of any function of the losses.
+    """
 
     step: Pass
     gradient: torch.Tensor | None
     labelled: torch.Tensor
     tokens: int
 
-    def spread(self) -> torch.Tensor:
-        """The gradient of all tokens' last states (tokens, hidden); what it was made from is let go."""
+    def spread(self, weights: torch.Tensor) -> torch.Tensor:
+        """The gradient of all tokens' last states (tokens, hidden), by a weight per labelled token; what it was made from
+        is let go."""
         gradient, self.gradient = self.gradient, None
         assert gradient is not None, "a loss goes backward once"
+        gradient.mul_(weights[:, None])
         grad = gradient.new_zeros(self.tokens, gradient.shape[1])
         grad[self.labelled] = gradient
         return grad
@@ -97,34 +110,49 @@ class Engine:
         activations: Activations,
         placement: Placement,
         dropout: float,
+        neftune_alpha: float = 0.0,
         mark: Mark = unmarked,
     ):
         self.store, self.adapters, self.embedding, self.rotary = store, adapters, embedding, rotary
         self.norm, self.head, self.eps = norm, head, eps
         self.arithmetic, self.activations, self.placement = arithmetic, activations, placement
-        self.dropout, self.mark = dropout, mark
+        self.dropout, self.neftune_alpha, self.mark = dropout, neftune_alpha, mark
         # Something that autograd follows: the real parameters get their gradients from us.
         self._anchor = torch.zeros((), device=adapters.device, requires_grad=True)
 
     def loss(self, batch: Batch, training: bool) -> torch.Tensor:
-        """The sum of the cross-entropy over the labelled tokens of a micro-batch; a collective, like its backward.
+        """The sum of `losses`."""
+        return self.losses(batch, training).sum()
 
-        Under torch.enable_grad, `backward()` on it adds the mean over the ranks to the LoRA parameters' gradients.
-        `training` turns dropout on; its masks come from torch's random state.
+    def losses(self, batch: Batch, training: bool) -> torch.Tensor:
+        """The cross-entropy of each labelled token of a micro-batch, fp32; a collective, like its backward.
+
+        Under torch.enable_grad, `backward()` on what is made of them adds the mean over the ranks to the LoRA
+        parameters' gradients. `training` turns dropout and noise on; both come from torch's random state.
         """
         if torch.is_grad_enabled():
-            return _Loss.apply(self._anchor, self, batch, training)
+            return _Losses.apply(self._anchor, self, batch, training)
         return self._forward(batch, training, recording=False)[0]
 
-    def _forward(self, batch: Batch, training: bool, recording: bool):
+    @torch.no_grad()
+    def reference_losses(self, batch: Batch) -> torch.Tensor:
+        """`losses` of the model before this training: adapters off, or the ones that it began with (Adapters.freeze).
+
+        Not between the losses of a micro-batch and their backward.
+        """
+        return self._forward(batch, training=False, recording=False, reference=True)[0]
+
+    def _forward(self, batch: Batch, training: bool, recording: bool, reference: bool = False):
         probability = self.dropout if training else 0.0
         draw = int(torch.randint(2**40, ())) if probability else 0
         device, dtype = self.adapters.device, self.adapters.dtype
         x = self.embedding.lookup(batch.ids, device, dtype)
+        if training and self.neftune_alpha:
+            _add_noise(x, batch.documents, self.neftune_alpha)
         cosine, sine = self.rotary(x[None], batch.position_ids[None])
         step = Pass(batch.documents, cosine[0], sine[0], probability, draw)
         self.activations.clear()
-        self.store.begin()
+        self.store.begin(reference)
         for i, keep in enumerate(self.placement.keep):
             self.mark("gather for forward layer", i)
             layer = self.store.use(i, 1)
@@ -143,10 +171,13 @@ class Engine:
         )
         if gradient is not None:
             gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
-        return losses.sum(), Left(step, gradient, labelled, len(x))
+        return losses, Left(step, gradient, labelled, len(x))
 
-    def _backward(self, scale: torch.Tensor, left: Left) -> None:
-        grad = left.spread()
+    def _backward(self, weights: torch.Tensor, left: Left) -> None:
+        """weights: the gradient of each labelled token's loss. The largest is a factor of its own, see below."""
+        largest = weights.abs().amax() if len(weights) else weights.sum()
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        grad = left.spread(weights / scale)
         self.adapters.begin_backward()
         for i in reversed(range(len(self.placement.keep))):
             self.activations.fetch(i)
@@ -170,12 +201,23 @@ class Engine:
         self.activations.close()
 
 
-class _Loss(torch.autograd.Function):
+def _add_noise(x: torch.Tensor, documents: Documents, alpha: float) -> None:
+    """NEFTune: uniform noise of at most alpha / sqrt(tokens of the document x hidden), added in place.
+
+    It is drawn once: the backward needs no embedding, and the first layer's input is kept with its noise.
+    """
+    lengths = documents.bounds.diff()
+    largest = alpha / (lengths.float() * x.shape[1]).sqrt()
+    noise = torch.empty_like(x).uniform_(-1, 1)
+    x += noise.mul_(torch.repeat_interleave(largest, lengths, output_size=len(x))[:, None])
+
+
+class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, engine: Engine, batch: Batch, training: bool):
-        total, ctx.left = engine._forward(batch, training, recording=True)
+        losses, ctx.left = engine._forward(batch, training, recording=True)
         ctx.engine = engine
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx, *grads):

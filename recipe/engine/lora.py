@@ -8,6 +8,7 @@ checkpoint see are DTensors, views of that run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,7 @@ class Adapters:
         self.lora, self.mesh, self.device, self.dtype = lora, mesh, device, dtype
         self.world, self.place = mesh.size(), mesh.get_local_rank()
         self.group = mesh.get_group()
-        self.scale = lora.alpha / lora.rank
+        self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
         self.matrices = _matrices(shape, lora, self.world)
         self.size = sum(m.size for m in self.matrices)
         self.local_size = sum(m.local_size for m in self.matrices)
@@ -108,6 +109,12 @@ class Adapters:
                 self._places[id(parameter)] = layer, m
         self._gradients_of = [(p, self.part_of(self.gradients, p)) for p in self.parameters.values()]
         self._pending: list[tuple[dist.Work, torch.Tensor, int]] = []
+        self._frozen: torch.Tensor | None = None
+
+    @property
+    def first_of_b(self) -> int:
+        """Where in each layer's local run the B matrices begin: all A come before them."""
+        return next(m.local_start for m in self.matrices if m.kind == "B")
 
     def _sharded(self, run: torch.Tensor, m: Matrix) -> DTensor:
         start, end = m.rows_of(self.place)
@@ -123,22 +130,36 @@ class Adapters:
 
     # -- the way to a layer ---------------------------------------------------------------------------------------
 
-    def local_half(self, layer: int) -> torch.Tensor:
+    def freeze(self) -> None:
+        """Keep a copy of the adapters as they are now, in the compute dtype: what they began with is the reference."""
+        self._frozen = self.masters.to(self.dtype, copy=True)
+
+    def has_reference(self) -> bool:
+        """Whether the reference has adapters; else it is the model without any."""
+        return self._frozen is not None
+
+    def local_half(self, layer: int, reference: bool = False) -> torch.Tensor:
         """This rank's run of a layer in the compute dtype."""
+        if reference:
+            assert self._frozen is not None
+            return self._frozen[layer]
         return self.masters[layer].to(self.dtype)
+
+    def off(self) -> LoraView:
+        """A layer without adapters."""
+        return LoraView(torch.empty(0, device=self.device, dtype=self.dtype), [], self.lora.rank)
 
     def view(self, gathered: torch.Tensor) -> LoraView:
         """The whole matrices from all ranks' runs (world, local)."""
-        return LoraView(
-            self._whole(gathered.view(self.world, self.local_size)), self.matrices, self.lora.rank
-        )
+        return LoraView(self.whole(gathered.view(self.world, self.local_size)), self.matrices, self.lora.rank)
 
     def empty_gradient(self) -> LoraView:
         """Zeros in fp32 for the gradients of one layer."""
         run = torch.zeros(self.size, device=self.device)
         return LoraView(run, self.matrices, self.lora.rank)
 
-    def _whole(self, runs: torch.Tensor) -> torch.Tensor:
+    def whole(self, runs: torch.Tensor) -> torch.Tensor:
+        """A layer's whole run (size,) from all ranks' runs (world, local)."""
         if self.world == 1:
             return runs[0]
         whole = torch.empty(self.size, device=runs.device, dtype=runs.dtype)

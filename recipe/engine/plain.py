@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from recipe.engine.layer import Kept, Pass
@@ -54,11 +55,16 @@ class PlainLayer:
         tensors = dict(layer.small)
         for name in list(tensors):
             folder, _, key = name.rpartition(".")
-            if key == "bias" and f"{folder}.lora_A.default.weight" in lora:
+            if key == "bias" and isinstance(module.get_submodule(folder), BaseTunerLayer):
                 tensors[f"{folder}.base_layer.bias"] = tensors.pop(name)
         for name, place in MODULES.items():
-            adapted = f"{place}.lora_A.default.weight" in lora
-            linear = module.get_submodule(f"{place}.base_layer" if adapted else place)
+            linear = module.get_submodule(place)
+            adapted = isinstance(linear, BaseTunerLayer)
+            if adapted:
+                linear._disable_adapters = (
+                    not lora
+                )  # its setter would also take the parameters out of training
+                linear = linear.base_layer
             assert isinstance(linear, NF4Linear)
             weight = layer.weight(name)
             linear.quant_state = quant_state(weight, x.dtype)

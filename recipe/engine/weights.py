@@ -76,6 +76,7 @@ class LayerStore:
         self.travelling = [i for i, off in enumerate(offloaded) if off or world > 1]
         self._buffers = [self._buffer() for _ in range(min(BUFFERS, len(self.travelling)))]
         self._in_use: Buffer | None = None
+        self._reference = False
         self._begun: Any = None
 
     def _buffer(self) -> Buffer:
@@ -89,8 +90,12 @@ class LayerStore:
             adapters=empty(world * self.adapters.local_size, self.adapters.dtype) if world > 1 else None,
         )
 
-    def begin(self) -> None:
-        """Before each forward: the optimizer may have changed the LoRA matrices, so what was gathered of them is old."""
+    def begin(self, reference: bool = False) -> None:
+        """Before each forward: the optimizer may have changed the LoRA matrices, so what was gathered of them is old.
+
+        reference: with the adapters that training began with, or without any (Adapters.has_reference).
+        """
+        self._reference = reference
         self._begun = self.streams.mark()
         self._in_use = None  # an interrupted pass may have left one
         for buffer in self._buffers:
@@ -109,9 +114,18 @@ class LayerStore:
         if buffer is not None:
             self.streams.wait(buffer.ready)
         gathered = buffer.adapters if buffer is not None else None
-        lora = self.adapters.view(self.adapters.local_half(layer) if gathered is None else gathered)
+        if self._without_adapters:
+            lora = self.adapters.off()
+        elif gathered is None:
+            lora = self.adapters.view(self.adapters.local_half(layer, self._reference))
+        else:
+            lora = self.adapters.view(gathered)
         run = self.shards[layer] if buffer is None else buffer.run
         return LayerView(layer, run, self.layout, self.constants[layer], self.small[layer], lora)
+
+    @property
+    def _without_adapters(self) -> bool:
+        return self._reference and not self.adapters.has_reference()
 
     def done(self) -> None:
         """The arithmetic on the layer in use is queued."""
@@ -146,7 +160,10 @@ class LayerStore:
             assert buffer.staging is not None
             shard = buffer.staging.copy_(shard, non_blocking=True)
         assert buffer.adapters is not None
-        for gathered, mine in ((buffer.run, shard), (buffer.adapters, self.adapters.local_half(layer))):
+        travels = [(buffer.run, shard)]
+        if not self._without_adapters:
+            travels.append((buffer.adapters, self.adapters.local_half(layer, self._reference)))
+        for gathered, mine in travels:
             work = dist.all_gather_into_tensor(gathered, mine, group=self.adapters.group, async_op=True)
             work.wait()
 

@@ -19,6 +19,8 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from recipe.data.encode import IGNORED
+from recipe.data.pack import PackedCollator
 from recipe.engine.build import Build, peft_config
 from recipe.engine.engine import Batch
 from recipe.engine.load import load_sharded
@@ -26,7 +28,6 @@ from recipe.export.plain import load_plain
 from recipe.plan.placement import Placement
 from recipe.settings import PROJECTIONS, Lora
 from recipe.train.checkpoint import adapter_name
-from recipe.train.data import IGNORED, PackedCollator
 from tests.models import VOCAB
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from recipe.errors import UserError
 from recipe.plan.placement import Placement
 from recipe.settings import Lora
 from recipe.train import checkpoint
+from recipe.train.saver import Place, Saver
 from tests.models import run_ranks
 
 # 4 rows of A: two ranks hold 2 and 2 of them, three ranks 2, 2 and 0.
@@ -102,11 +103,13 @@ def train_and_save(mesh, folder, saved):
         step(model, optimizer, mesh, seed)
     torch.manual_seed(50 + mesh.get_local_rank())
     at_save = adapters_of(model), moments(model, optimizer)
-    checkpoint.save(
-        saved, model, model.engine.adapters, optimizer, {"step": 2}, json.dumps({"global_step": 2})
-    )
+    saver = Saver(model, model.engine.adapters)
+    saver.begin(saved, optimizer, Place.here(2, {}), json.dumps({"global_step": 2}))
+    # What comes next does not wait for the disk, and what is written does not change with it.
     drawn = torch.rand(4)
     step(model, optimizer, mesh, 3)
+    saver.wait()
+    assert saver.failure is None
     return *at_save, drawn, adapters_of(model)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 
+from recipe.data.pack import PackedCollator
 from recipe.engine import load, lora
 from recipe.engine.attention import Documents
 from recipe.engine.build import initial_lora, peft_config
@@ -30,7 +31,6 @@ from recipe.export.plain import load_plain
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import read_config, shape_from_config
 from recipe.train.checkpoint import gather_adapters
-from recipe.train.data import PackedCollator
 from tests.engine.steps import (
     CLIP,
     CPU,
@@ -382,7 +382,7 @@ def no_document_boundaries():
 
 
 def stale_adapters():
-    return mock.patch.object(LayerStore, "begin", lambda self: None)
+    return mock.patch.object(LayerStore, "begin", lambda self, reference: None)
 
 
 OFFLOADED = 3  # the layer that Placement(4, offload_layers=1) offloads

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from recipe.bench.checkpoint import write_random_checkpoint
+from recipe.data.pack import PackedCollator
 from recipe.engine.build import Build
 from recipe.engine.engine import Batch
 from recipe.engine.load import load_sharded
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import KNOWN
 from recipe.settings import PROJECTIONS, Lora
-from recipe.train.data import PackedCollator
 from tests.engine.steps import LONGEST, packed_row, set_adapters, slices_of_gradients, whole
 from tests.models import run_ranks
 
