@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from recipe import __version__
+from recipe.data.sources import names
 from recipe.errors import Refused
 from recipe.files import read_json, require_space, sha256_of, write_json, write_text, written_aside
+from recipe.settings import Settings
 from recipe.train.run import Run
 
 # Largest difference of mean held-out loss between the trainer and plain PEFT. Below fp32 the two round differently
@@ -56,8 +58,8 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _write_config(run: Run, manifest: dict[str, Any], folder: Path) -> None:
+    from recipe.data.encode import load_tokenizer
     from recipe.engine.build import peft_config
-    from recipe.train.data import load_tokenizer
 
     settings = run.settings()
     config = peft_config(settings.lora)
@@ -133,14 +135,26 @@ model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
 
 | setting | value |
 | --- | --- |
-| data | `{settings.data.path}` (sha256 `{(manifest["data"]["sha256"] or "-")[:16]}`), loss on {settings.data.train_on} |
+| method | {_method(settings)} |
+| data | {names(settings.data)} (sha256 `{(manifest["data"]["sha256"] or "-")[:16]}`), loss on {settings.data.train_on} |
 | LoRA | rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {", ".join(lora.target_modules)} |
 | steps | {summary["steps"]}, {train.global_batch_tokens:,} tokens each, learning rate {train.learning_rate:g} |
 | seed | {train.seed} |
-| held-out loss | {f"{held_out:.4f}" if held_out is not None else "not measured"} |
+| held-out loss{" of the chosen answers" if train.method == "dpo" else ""} | {f"{held_out:.4f}" if held_out is not None else "not measured"} |
 | training loss (mean) | {summary["train_loss"]:.4f} |
 | compute dtype | {summary["compute_dtype"]} |
 
 The exact settings stand in the run's `config.yaml`, the versions in its `manifest.json`, the verification in
 `export.json` beside this file. The base model's licence applies to what is made with it.
 """
+
+
+def _method(settings: Settings) -> str:
+    """What was done besides plain LoRA."""
+    lora, train = settings.lora, settings.train
+    parts = [f"DPO, beta {train.dpo_beta:g}" if train.method == "dpo" else "SFT"]
+    parts += ["rsLoRA (alpha / sqrt(rank))"] * lora.rslora
+    parts += [f"LoRA+ with a ratio of {lora.lr_ratio:g}"] * (lora.lr_ratio != 1)
+    parts += [f"NEFTune with alpha {train.neftune_alpha:g}"] * (train.neftune_alpha > 0)
+    parts += [f"from the adapters of `{lora.start}`"] * (lora.start is not None)
+    return ", ".join(parts)

@@ -6,11 +6,11 @@ import sys
 
 from transformers import TextStreamer
 
+from recipe.data.chat import render
 from recipe.errors import UserError
 from recipe.export.evaluate import load_run
 from recipe.export.plain import adapters_off, pad_token
 from recipe.files import read_json
-from recipe.train.data import render
 from recipe.train.run import Run
 
 HELP = "/base: adapters off   /tuned: adapters on   /new: forget what was said   /quit"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from recipe.data.encode import IGNORED
+from recipe.data.pack import MicroBatches
 from recipe.errors import UserError
-from recipe.train.data import IGNORED
 from recipe.train.run import Run
 
 Document = tuple[list[int], list[int]]  # input_ids, labels
@@ -48,14 +48,10 @@ def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) ->
 
 def held_out_documents(run: Run) -> list[Document]:
     """The held-out rows of a run, one by one, as they were tokenised for training."""
-    documents = []
-    for row in Dataset.load_from_disk(str(run.folder / "data" / "held_out")):
-        start = 0
-        for length in row["seq_lengths"]:
-            piece = slice(start, start + length)
-            documents.append((row["input_ids"][piece], row["labels"][piece]))
-            start += length
-    return documents
+    rows = MicroBatches.open(run.folder / "data", "held_out")
+    documents = [document for number in range(len(rows)) for document in rows.documents_of(number)]
+    # Of a pair the answer that is to be given.
+    return documents[::2] if run.settings().train.method == "dpo" else documents
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from recipe.data.encode import load_tokenizer
 from recipe.engine.devices import DTYPES
 from recipe.export.plain import held_out_documents, load_plain, mean_loss, pad_token
 from recipe.files import read_json
-from recipe.train.data import load_tokenizer
 from recipe.train.run import Run
 
 

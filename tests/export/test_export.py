@@ -15,6 +15,7 @@ from recipe.cli import main
 from recipe.export import chat as chat_module
 from recipe.export import evaluate
 from recipe.export.plain import held_out_documents, mean_loss
+from recipe.export.tasks import find, scores
 from recipe.files import sha256_of
 from recipe.train.checkpoint import _state_hash
 from recipe.train.run import Run
@@ -223,6 +224,103 @@ def test_eval_compares_base_and_tuned(runs, exported, capsys):
     assert "Warning" not in err
     text = evaluate.render(report)
     assert "24 held-out rows" in text and "exact answers" in text and "expected   the answer is yes" in text
+
+
+def test_eval_writes_what_was_answered_before_and_after(runs, exported, capsys):
+    """The first held-out prompts where none are set; else those of the config, put as the training rows put theirs."""
+    config = runs / "good" / "config.yaml"
+    kept = config.read_text()
+    command = ["eval", "--run", "good", "--set", f"paths.runs={runs}", "--json"]
+    try:
+        for prompts in ([], ["number 7", "What is <b>?"]):
+            config.write_text(kept.replace("prompts: []", f"prompts: {json.dumps(prompts)}"))
+            assert main(command) == 0
+            samples = json.loads(capsys.readouterr().out)["samples"]
+            lines = [json.loads(line) for line in (runs / "good" / "samples.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in lines] == [0, 0, PLAIN_STEPS, PLAIN_STEPS]
+            assert [line["answer"] for line in lines] == [s["base"] for s in samples] + [
+                s["tuned"] for s in samples
+            ]
+            assert [line["prompt"] for line in lines[:2]] == [line["prompt"] for line in lines[2:]]
+            if prompts:
+                assert [line["prompt"] for line in lines[:2]] == prompts
+                assert [line["reference"] for line in lines] == [None] * 4
+            else:
+                assert {line["reference"] for line in lines} == {"the answer is yes"}
+        assert main([*command[:-1], "--samples", "1"]) == 0
+        out = capsys.readouterr().out
+        assert "asked      number 7" in out and "What is" not in out and "expected" not in out
+    finally:
+        config.write_text(kept)
+
+
+def test_a_fixed_prompt_is_put_as_the_training_rows_were(runs, exported):
+    run = Run(runs / "good")
+    _, tokenizer = evaluate.load_run(run)
+    config = run.config.read_text()
+    run.config.write_text(config.replace("prompts: []", "prompts: [number 7]"))
+    try:
+        (shown,) = evaluate.shown_prompts(run, tokenizer, [], None)
+    finally:
+        run.config.write_text(config)
+    assert tokenizer.decode(shown.ids) == "<|im_start|>user\nnumber 7<|im_end|>\n<|im_start|>assistant\n"
+
+
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: "{{a}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_eval_scores_tasks_without_a_network(runs, exported, capsys, tmp_path, monkeypatch):
+    """A task that comes with the recipe, and one of a file with its data beside it; the second has an easy answer."""
+    monkeypatch.setenv("RECIPE_NETWORK", "none")
+    (tmp_path / "mine.yaml").write_text(TASK)
+    prompt = "<|im_start|>user\nnumber 7<|im_end|>\n<|im_start|>assistant\nthe answer is"
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"q": prompt, "a": 0}) + "\n") * 3)
+    tasks = f"basics,{tmp_path / 'mine.yaml'}"
+    command = ["eval", "--run", "good", "--set", f"paths.runs={runs}", "--tasks", tasks, "--task-rows", "6"]
+    assert main([*command, "--samples", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    report = json.loads((runs / "good" / "eval.json").read_text())
+    for name in ("base", "tuned"):
+        assert {task: one["rows"] for task, one in report[name]["tasks"].items()} == {"basics": 6, "mine": 3}
+        assert 0 <= report[name]["tasks"]["basics"]["acc"] <= 1
+    assert report["tuned"]["tasks"]["mine"]["acc"] == 1.0
+    assert re.search(r"^mine, acc +[\d.]+ +1\.0000$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "network", "parts"),
+    [
+        ("held_out", "", ["held_out", "1 different answers", "2 to 50", "eval.exact_match"]),
+        ("no.yaml", "", ["no.yaml", "no such file", "YAML"]),
+        ("hellaswag", "none", ["hellaswag", "model hub", "no network, by design", "RUNTIME=host", "basics"]),
+    ],
+)
+def test_a_task_that_cannot_be_had_is_one_line(tasks, network, parts, runs, exported, capsys, monkeypatch):
+    monkeypatch.setenv("RECIPE_NETWORK", network)
+    before = (runs / "good" / "eval.json").read_bytes()
+    assert main(["eval", "--run", "good", "--set", f"paths.runs={runs}", "--tasks", tasks]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and all(part in err for part in parts)
+    assert (runs / "good" / "eval.json").read_bytes() == before
+
+
+def test_held_out_rows_are_a_choice_between_their_answers(runs, exported):
+    """The likelier of all answers that occur: the model is asked with the very tokens that it was trained on."""
+    model, tokenizer = evaluate.load_run(Run(runs / "good"))
+    asked = "<|im_start|>user\nnumber {}<|im_end|>\n<|im_start|>assistant\n"
+    pairs = [(asked.format(n), "hello world" if n == 2 else "the answer is yes") for n in range(3)]
+    found = scores(model, tokenizer, find(["held_out"], pairs), batch_size=2)
+    assert found == {"held_out": {"acc": pytest.approx(2 / 3), "rows": 3}}
 
 
 def test_eval_before_export_says_what_to_do(copy, capsys):
