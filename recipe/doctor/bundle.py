@@ -18,25 +18,18 @@ from typing import Any
 from recipe.doctor.case import Case
 from recipe.doctor.scan import SHOWN_ROW
 from recipe.errors import UserError
+from recipe.secret import IN_ADDRESS, SECRET_NAME, TOKENS, secrets_in_environment
 
 LOG_BYTES = 256 * 2**10  # of a log's beginning and of its end
 HIDDEN = "[hidden]"
-# Not `tokens` or `tokenizer`, which settings and measurements have.
-SECRET_NAME = re.compile(
-    r"(?i)(token(?!s|iz)|secret|passw|credential|api_?key|auth|cookie|private_?key|access_?key)"
-)
 # Forms of secrets, wherever they stand.
 SECRETS = (
-    re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
-    re.compile(r"\b(sk|pk|rk|ghp|gho|ghs|glpat|xox[abpr])[-_][A-Za-z0-9_-]{8,}"),
-    re.compile(r"\bgithub_pat_\w{8,}"),
-    re.compile(r"\bAKIA[0-9A-Z]{12,}"),
-    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.?[\w-]*"),
+    *TOKENS,
     re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}"),
     re.compile(
         r"(?i)(token(?!s|iz)|secret|passw(or)?d|api_?key|access_?key|credential)[\w-]{,30}['\"]?\s{,4}[:=]\s{,4}['\"]?[^\s'\",;]{4,}"
     ),
-    re.compile(r"(?<=://)[^/\s@]+@"),
+    IN_ADDRESS,
     re.compile(r"(?<=\?)[^\s?'\"=]+=[^\s'\")>]+"),  # an address's query: signatures of downloads
     re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(\.[\w-]+)+"),
     re.compile(r"\b[0-9a-fA-F]{40,}\b"),
@@ -50,7 +43,7 @@ ROW = re.compile(
 )
 PATHS = re.compile(r"(?<![\w/:.~-])(/[^/\s'\",:;()]+){4,}")
 KEPT_PARTS = 3  # of a path: enough to find a line of a library
-DATA_KEYS = ("path", "eval_path", "chat_template")
+DATA_KEYS = ("path", "sources", "columns", "eval_path", "chat_template")
 HASHES = ("git_commit", "lock_sha256", "image_digest")  # not to be taken for keys
 MANIFEST_KEYS = (
     "created",
@@ -101,10 +94,11 @@ class Cleaner:
     """Takes out what is nobody's business: rows of data, secrets, addresses, home folders, the user, hosts, the data's name."""
 
     def __init__(self, case: Case):
-        secrets = {
-            value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 6
+        secrets = secrets_in_environment()
+        data = {
+            str(case.setting(f"data.{key}") or "") for key in DATA_KEYS if key not in ("sources", "columns")
         }
-        data = {str(case.setting(f"data.{key}") or "") for key in DATA_KEYS}
+        data |= {str(source.get("path") or "") for source in case.setting("data.sources") or []}
         # A bare word, like `demo`, names nobody and may stand anywhere.
         data = {name for path in data if "/" in path or "." in path for name in (path, Path(path).name)}
         self._wholes = sorted(secrets | data, key=len, reverse=True)

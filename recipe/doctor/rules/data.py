@@ -32,7 +32,7 @@ RULES = (
         "mend the row that is named; `python -c 'import json,sys; [json.loads(l) for l in open(sys.argv[1])]' FILE` finds the "
         "first one that is no JSON",
         marks=(
-            Mark("not valid JSON", r":\d+: not valid JSON \("),
+            Mark("not valid JSON", r"(:| row )\d+: not valid JSON \("),
             Mark("JSON parse error", r"JSON parse error"),
             "DatasetGenerationError",
             "DatasetGenerationCastError",
@@ -44,7 +44,7 @@ RULES = (
             Mark("expected one of system, user", r"has the role .*expected one of system, user"),
             Mark("expected assistant (the answer)", r"ends with the role"),
             Mark("has no text `content`", r"has no text `content`"),
-            Mark("expected text", r":\d+: \S+ is \w+, expected text"),
+            Mark("expected text", r"(:| row )\d+: \S+ is \w+, expected text"),
             "expected a list of messages",
             "expected a JSON object with",
             "JSONDecodeError",
