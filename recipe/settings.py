@@ -7,10 +7,6 @@ names only what differs. This module imports no torch, so that `recipe plan` ans
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +14,21 @@ from typing import Any
 
 import yaml
 
+from recipe.configfile import parse_override, parse_yaml
+from recipe.consistency import WITH_MINIMUM, check_together
 from recipe.errors import UserError
+from recipe.values import checked_value, expected, nearest, shown, suggest
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+SCHEDULERS = ("linear", "cosine", "constant", "inverse_sqrt", *WITH_MINIMUM)
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """A field with its explanation and limits: `low`, `high` (inclusive), `above` (exclusive), `choices`, `words`.
 
-    `words` are the texts that a number may be replaced by, such as `auto`.
+    `words` are the texts that a number may be replaced by, such as `auto`; `refused` gives reasons by value.
     """
     metadata = {"help": help, **limits}
     if isinstance(default, (list, dict)):
@@ -69,12 +69,70 @@ class Lora:
     target_modules: list[str] = option(
         list(PROJECTIONS), "linear layers of a decoder layer that get an adapter", choices=PROJECTIONS
     )
+    rslora: bool = option(
+        False, "scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small"
+    )
+    lr_ratio: float = option(
+        1.0, "LoRA+: the learning rate of B is this many times that of A; 1 = the same", low=1.0, high=1024.0
+    )
+    start: str | None = option(
+        None, "begin with these adapters: a PEFT folder, or the name of a run whose adapters were exported"
+    )
+    dora: bool = option(
+        False,
+        "not available",
+        refused={
+            True: "DoRA divides every output row by the norm of the whole W + BA, but here W is whole for one layer at a "
+            "time only, in 4 bits, and BA is added to the product without ever being formed; use lora.rslora or a "
+            "larger lora.rank"
+        },
+    )
+
+
+# What a row may consist of: `messages`; `prompt` and `completion`; `text`; a pair; Alpaca's columns; ShareGPT's.
+COLUMNS = (
+    "messages",
+    "prompt",
+    "completion",
+    "text",
+    "chosen",
+    "rejected",
+    "instruction",
+    "input",
+    "output",
+    "conversations",
+    "system",
+    "tools",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry of data.sources."""
+
+    path: str | None = option(None, "file, pattern, hub id (org/name), or `demo`")
+    weight: float = option(
+        1.0, "share of its rows that an epoch has: 0.5 = half of them, 2 = each twice", above=0.0, high=1000.0
+    )
+    split: str = option("train", "split of a hub data set")
+    revision: str | None = option(None, "hub commit, tag or branch of the data set")
+    columns: dict[str, str] = option({}, "our names for its columns, where they differ", choices=COLUMNS)
 
 
 @dataclass(frozen=True)
 class Data:
     path: str | None = option(
-        None, "JSONL file, hub id (org/name), or `demo`; DATA= on the make line sets it"
+        None,
+        "JSONL, JSON, Parquet or CSV file, a pattern such as `rows/*.parquet`, a hub id (org/name), or `demo`; DATA= on the "
+        "make line sets it",
+    )
+    sources: list[Source] = option(
+        [], "several of them in place of `path`, each with `path`, `weight`, `split`, `revision`, `columns`"
+    )
+    columns: dict[str, str] = option(
+        {},
+        "our names for the columns of `path`, such as {prompt: question, completion: answer}",
+        choices=COLUMNS,
     )
     split: str = option("train", "split of a hub data set")
     revision: str | None = option(None, "hub commit, tag or branch of the data set")
@@ -87,12 +145,12 @@ class Data:
     )
     overlong: str = option(
         "error",
-        "rows over max_length: stop and say so, leave them out, or cut them",
-        choices=("error", "drop", "truncate"),
+        "rows over max_length: stop and say so, leave them out, cut them, or split `text` rows into several documents",
+        choices=("error", "drop", "truncate", "split"),
     )
     train_on: str = option(
         "completion",
-        "tokens in the loss: the last answer, every assistant turn, or all",
+        "tokens in the loss: the last answer, every assistant turn (but those of `weight: 0` or `train: false`), or all",
         choices=("completion", "assistant", "all"),
     )
     chat_template: str | None = option(
@@ -104,9 +162,35 @@ class Data:
 class Train:
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", above=0.0, high=1.0)
     scheduler: str = option(
-        "linear", "learning-rate schedule after the warm-up", choices=("linear", "cosine", "constant")
+        "linear", "learning-rate schedule after the warm-up, by transformers' names", choices=SCHEDULERS
+    )
+    min_lr_ratio: float = option(
+        0.0,
+        f"share of the peak learning rate at the end, with {', '.join(WITH_MINIMUM)}",
+        low=0.0,
+        high=0.99,
+    )
+    decay_steps: int | None = option(
+        None, "last steps in which the rate falls, with warmup_stable_decay", low=1, high=10_000_000
     )
     warmup_steps: int = option(0, "steps from 0 to the peak learning rate", low=0, high=10_000_000)
+    method: str = option(
+        "sft",
+        "sft: learn the answers, or `text` as it is (continued pretraining); dpo: learn from chosen and rejected answers",
+        choices=("sft", "dpo"),
+    )
+    dpo_beta: float = option(
+        0.1,
+        "dpo: how strongly the model is held to what it was; smaller lets it go further",
+        above=0.0,
+        high=100.0,
+    )
+    neftune_alpha: float = option(
+        0.0,
+        "NEFTune: noise on the embeddings while training, 5 to 15 are usual; 0 = none",
+        low=0.0,
+        high=1000.0,
+    )
     steps: int | None = option(100, "optimizer steps; null: as `epochs` says", low=1, high=10_000_000)
     epochs: float | None = option(
         None, "passes over the data; set `steps: null` with it", above=0.0, high=1000.0
@@ -138,11 +222,38 @@ class Train:
     seed: int = option(42, "data order, adapter initialisation and dropout", low=0, high=2**32 - 1)
     log_every: int = option(10, "steps between progress lines; metrics.jsonl has every step", low=1)
     eval_every: int = option(0, "steps between evaluations; 0 = only at the start and the end", low=0)
+    early_stopping: int = option(
+        0,
+        "evaluations on the way without a lower held-out loss before training ends; 0 = never; needs eval_every",
+        low=0,
+        high=1_000_000,
+    )
+    deterministic: bool = option(
+        False,
+        "the same bits from the same run on GPUs too, by slower kernels (docs/evaluation.md); CPUs give them anyway",
+    )
     rehearsal: bool = option(
         True, "before step 1: the longest micro-batch, an evaluation, a save and a reload, then all put back"
     )
     save_every: int = option(25, "steps between checkpoints; one is always written at the end", low=1)
-    keep_checkpoints: int = option(2, "newest checkpoints kept", low=1)
+    keep_checkpoints: int = option(
+        2, "newest checkpoints kept; that of the lowest held-out loss is kept too", low=1
+    )
+    on_save_error: str = option(
+        "continue",
+        "a checkpoint cannot be written: go on with a warning and try again at the next, or stop (the one before stays)",
+        choices=("continue", "stop"),
+    )
+    on_nan: str = option(
+        "stop",
+        "a step whose loss is no number: stop, or leave it out, count it and go on (ten in a row stop all the same)",
+        choices=("stop", "skip"),
+    )
+    restarts: int = option(
+        0,
+        "times that a rank which died or hangs is started again, with all others, from the last checkpoint",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -189,12 +300,34 @@ class Compute:
 
 @dataclass(frozen=True)
 class Eval:
-    samples: int = option(3, "held-out prompts answered in full by `eval`", low=0, high=1000)
+    samples: int = option(
+        3, "held-out prompts answered in full by `eval` where `prompts` is empty", low=0, high=1000
+    )
+    prompts: list[str] = option([], "questions of your own that `eval` answers in full, before and after")
+    tasks: list[str] = option(
+        [],
+        "what `eval` scores by lm-evaluation-harness: held_out, basics, a task's YAML file, or a name that it knows",
+    )
+    task_rows: int = option(0, "rows of each task, the first ones; 0 = all", low=0)
     exact_match: int = option(
         0, "held-out prompts whose greedy answer is compared with the reference; 0 = none", low=0
     )
     max_new_tokens: int = option(128, "longest answer of a sample", low=1, high=8192)
     batch_size: int = option(8, "prompts answered at once", low=1, high=1024)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Tokens are never settings: they come from the environment, or from a file that it names (docs/watching.md)."""
+
+    tensorboard: bool = option(True, "event files for TensorBoard in runs/NAME/tensorboard")
+    wandb: str | None = option(
+        None, "Weights & Biases project; written to runs/NAME/wandb, and sent where WANDB_API_KEY is set"
+    )
+    mlflow: str | None = option(None, "MLflow's tracking server (https://...), or a folder")
+    prometheus: str | None = option(
+        None, "textfile for Prometheus' node exporter, NAME.prom in its folder, rewritten each step"
+    )
 
 
 @dataclass(frozen=True)
@@ -213,13 +346,19 @@ class Settings:
     train: Train = field(default_factory=Train)
     compute: Compute = field(default_factory=Compute)
     eval: Eval = field(default_factory=Eval)
+    track: Track = field(default_factory=Track)
     paths: Paths = field(default_factory=Paths)
 
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens per rank and forward pass, with `auto` resolved."""
         tokens = self.train.micro_batch_tokens
-        return self.data.max_length if isinstance(tokens, str) else tokens
+        return self.longest_row if isinstance(tokens, str) else tokens
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of what is never split over micro-batches: a document, or for DPO both answers with their prompts."""
+        return self.data.max_length * (2 if self.train.method == "dpo" else 1)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.
@@ -261,16 +400,16 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
         known = sorted(p.stem for p in (Path(__file__).parent / "configs").glob("*.yaml"))
         raise UserError(
             f"{path}: no such config file; expected a YAML file such as recipe/configs/"
-            f"{_nearest(path.stem, known) or known[0]}.yaml"
+            f"{nearest(path.stem, known) or known[0]}.yaml"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}), expected a YAML file") from None
     except PermissionError:
         raise UserError(f"{path}: permission denied; make it readable (chmod a+r {path})") from None
-    values, lines = _parse_yaml(text, str(path))
+    values, lines = parse_yaml(text, str(path))
     sources = {key: f"{path}:{line}: " for key, line in lines.items()}
     for override in overrides or []:
-        key, value = _parse_override(override)
+        key, value = parse_override(override)
         section, _, name = key.partition(".")
         if not isinstance(values.setdefault(section, {}), dict):
             values[section] = {}
@@ -287,209 +426,67 @@ def from_dict(values: dict[str, Any], sources: dict[str, str] | None = None) -> 
     for name, content in values.items():
         where = sources.get(name, sources.get(next((k for k in sources if k.startswith(f"{name}.")), ""), ""))
         if name not in sections:
-            raise UserError(f"{where}unknown section `{name}`{_suggest(str(name), list(sections))}")
+            raise UserError(f"{where}unknown section `{name}`{suggest(str(name), list(sections))}")
         if name == "model" and isinstance(content, str):
             content = {"id": content}
         if content is None:
             continue
         if not isinstance(content, dict):
-            raise UserError(f"{where}{name} is {_shown(content)}, expected a section of `key: value` lines")
+            raise UserError(f"{where}{name} is {shown(content)}, expected a section of `key: value` lines")
         built[name] = _section(name, content, sources)
     settings = Settings(**built)
-    _cross_checks(settings, sources)
+    check_together(settings, sources)
     return settings
 
 
 def _section(section: str, content: dict[str, Any], sources: dict[str, str]) -> Any:
-    cls = globals()[section.capitalize()]
+    return _built(globals()[section.capitalize()], section, content, sources)
+
+
+def _built(
+    cls: Any, section: str, content: dict[str, Any], sources: dict[str, str], elsewhere: str = ""
+) -> Any:
+    """A dataclass of options from plain values; `elsewhere` is the place of keys that `sources` does not name."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     checked = {}
     for name, value in content.items():
         key = f"{section}.{name}"
-        where = sources.get(key, "")
+        where = sources.get(key, elsewhere)
         if name not in fields:
             everywhere = [
                 f"{s.name}.{f.name}"
                 for s in dataclasses.fields(Settings)
                 for f in dataclasses.fields(globals()[s.name.capitalize()])
             ]
-            elsewhere = [k for k in everywhere if k.split(".")[1] == name]
-            hint = (
-                f"; did you mean `{elsewhere[0]}`?"
-                if elsewhere
-                else _suggest(str(name), list(fields), section)
-            )
+            others = [k for k in everywhere if k.split(".")[1] == name and not elsewhere]
+            hint = f"; did you mean `{others[0]}`?" if others else suggest(str(name), list(fields), section)
             raise UserError(f"{where}unknown key `{key}`{hint}")
         checked[name] = _value(key, value, hints[name], fields[name].metadata, where)
     return cls(**checked)
 
 
 def _value(key: str, value: Any, hint: Any, limits: Any, where: str) -> Any:
-    """One value, converted where that loses nothing (1e-4 is text to YAML), or UserError."""
-    kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
-    fail = UserError(f"{where}{key} is {_shown(value)}, expected {_expected(kinds, limits)}")
-    if isinstance(value, str) and value in limits.get("refused", {}):
-        raise UserError(f"{fail}; {limits['refused'][value]}")
-    if value is None:
-        if type(None) in kinds:
-            return None
-        raise fail
-    if list[str] in kinds:
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise fail
-        for item in value:
-            if limits.get("choices") and item not in limits["choices"]:
-                raise UserError(
-                    f"{where}{key} has {_shown(item)}, expected some of {', '.join(limits['choices'])}"
-                )
-        if len(set(value)) != len(value):
-            raise UserError(
-                f"{where}{key} names {_shown(max(value, key=value.count))} twice, expected each one once"
-            )
-        return list(value)
-    if bool in kinds:
-        if isinstance(value, bool):
-            return value
-        raise fail
-    if isinstance(value, bool):
-        raise fail
-    if int in kinds or float in kinds:
-        if isinstance(value, str) and value in limits.get("words", ()):
-            return value
-        number = _number(value)
-        if number is None or (int in kinds and float not in kinds and number != int(number)):
-            raise fail
-        if not (limits.get("low", -math.inf) <= number <= limits.get("high", math.inf)) or (
-            "above" in limits and number <= limits["above"]
-        ):
-            raise fail
-        return float(number) if float in kinds else int(number)
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise fail
-    if limits.get("choices") and value not in limits["choices"]:
-        raise UserError(f"{fail}{_suggest(value, limits['choices'])}")
-    return value
-
-
-def _cross_checks(settings: Settings, sources: dict[str, str]) -> None:
-    """What no single value can tell."""
-    data, train = settings.data, settings.train
-    if (train.steps is None) == (train.epochs is None):
+    if hint != list[Source]:
+        return checked_value(key, value, hint, limits, where)
+    if not isinstance(value, list):
         raise UserError(
-            f"{sources.get('train.epochs', sources.get('train.steps', ''))}train.steps is {_shown(train.steps)} and "
-            f"train.epochs is {_shown(train.epochs)}, expected exactly one of them (the other one: null)"
+            f"{where}{key} is {shown(value)}, expected a list of sources, such as [{{path: a.jsonl, weight: 0.5}}, "
+            "{path: b.jsonl}]"
         )
-    if settings.micro_batch_tokens < data.max_length:
+    return [_source(f"{key}[{number}]", item, where) for number, item in enumerate(value)]
+
+
+def _source(key: str, item: Any, where: str) -> Source:
+    if not isinstance(item, dict):
         raise UserError(
-            f"{sources.get('train.micro_batch_tokens', '')}train.micro_batch_tokens is {settings.micro_batch_tokens}, "
-            f"expected at least data.max_length ({data.max_length}), since a row is never split over micro-batches"
+            f"{where}{key} is {shown(item)}, expected a mapping such as {{path: rows.jsonl, weight: 1}}"
         )
-    if train.steps is not None and train.warmup_steps > train.steps:
-        raise UserError(
-            f"{sources.get('train.warmup_steps', '')}train.warmup_steps is {train.warmup_steps}, "
-            f"expected at most train.steps ({train.steps})"
-        )
-    if train.global_batch_tokens < settings.micro_batch_tokens:
-        raise UserError(
-            f"{sources.get('train.global_batch_tokens', '')}train.global_batch_tokens is {train.global_batch_tokens}, "
-            f"expected at least one micro-batch ({settings.micro_batch_tokens} tokens)"
-        )
+    source = _built(Source, key, item, {}, where)
+    if source.path is None:
+        raise UserError(f"{where}{key}.path is empty, expected {expected({str}, _limits(Source, 'path'))}")
+    return source
 
 
-def _parse_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The values, and for each dotted key the line that it stands on."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"{path}{line}: not valid YAML ({problem}), expected `section:` and `  key: value`"
-        ) from None
-    if values is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: is {_shown(values)}, expected sections such as `model:` and `train:`")
-    lines: dict[str, int] = {}
-
-    def walk(mapping: yaml.MappingNode, prefix: str) -> None:
-        for key, value in mapping.value:
-            name = f"{prefix}{key.value}"
-            line = key.start_mark.line + 1
-            if name in lines:
-                raise UserError(
-                    f"{path}:{line}: `{name}` is set twice (first on line {lines[name]}), expected once"
-                )
-            lines[name] = line
-            if isinstance(value, yaml.MappingNode) and not prefix:
-                walk(value, f"{name}.")
-
-    walk(node, "")
-    return values, lines
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, raw = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]+\.[A-Za-z_0-9]+", key.strip()):
-        raise UserError(f"--set {text}: expected section.key=value, such as train.steps=50")
-    try:
-        return key.strip(), yaml.safe_load(raw) if raw.strip() else None
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"--set {text}: the value is not valid YAML, expected section.key=value") from None
-
-
-def _number(value: Any) -> int | float | None:
-    if isinstance(value, str):
-        try:
-            value = float(value.replace("_", ""))
-        except ValueError:
-            return None
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _expected(kinds: set[Any], limits: Any) -> str:
-    if list[str] in kinds:
-        return f"a list of {', '.join(limits.get('choices', ['texts']))}"
-    if bool in kinds:
-        return "true or false"
-    if limits.get("choices"):
-        text = "one of " + ", ".join(limits["choices"])
-    elif int in kinds or float in kinds:
-        text = "a number" if float in kinds else "a whole number"
-        low, high, above = (limits.get(name) for name in ("low", "high", "above"))
-        if above is not None:
-            text += f" above {above:g}"
-        if low is not None and high is not None:
-            text += f" from {low:g} to {high:,}"
-        elif low is not None:
-            text += f" of at least {low:g}"
-        elif high is not None:
-            text += f" and at most {high:g}"
-        text += "".join(f" or `{word}`" for word in limits.get("words", ()))
-    else:
-        text = f"text: {limits['help']}"
-    return text + (" or null" if type(None) in kinds else "")
-
-
-def _shown(value: Any) -> str:
-    text = str(value).replace("\n", " ")
-    text = text if len(text) <= 40 else text[:37] + "..."
-    if value is None:
-        return "empty"
-    if isinstance(value, bool):
-        return f"`{text.lower()}`"
-    return f"{value:g}" if isinstance(value, float) else f"`{text}`"
-
-
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str | None:
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
-def _suggest(word: str, known: list[str] | tuple[str, ...], section: str = "") -> str:
-    near = _nearest(word, known)
-    prefix = f"{section}." if section else ""
-    return f"; did you mean `{prefix}{near}`?" if near else f"; known: {', '.join(known)}"
+def _limits(cls: Any, name: str) -> Any:
+    return next(f.metadata for f in dataclasses.fields(cls) if f.name == name)
