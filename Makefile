@@ -11,7 +11,7 @@ export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
 unexport ARGS # meant for this make's command, not for the makes that the tests call
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build build-check base plan preflight prepare train eval export-adapters chat doctor bench test \
+.PHONY: help setup demo build build-check base plan preflight prepare data train eval reproduce export-adapters chat report compare doctor bench test \
   test-long lint lock audit clean ready python provision unprovision
 .SILENT:
 
@@ -35,12 +35,16 @@ help:
 	'  make plan             does it fit, part by part; needs no GPU (CONFIG=)' \
 	'  make preflight        is this machine able to do it (CONFIG=)' \
 	'  make prepare          download the model and quantise it to NF4 (CONFIG=)' \
+	'  make data             rows as the model sees them; ARGS=check, ARGS=stats (CONFIG= DATA=)' \
 	'  make train            train, or go on with an unfinished run (CONFIG= DATA= RUN=)' \
 	'' \
 	'Use what was trained' \
 	'  make eval             loss, perplexity and samples (RUN=)' \
+	'  make reproduce        the same run again, from its manifest, and compare (RUN=)' \
 	'  make export-adapters  a verified PEFT folder (RUN=)' \
 	'  make chat             talk to it, adapters on or off (RUN=)' \
+	"  make report           one HTML file of a run; while it trains: ARGS=--watch (RUN=)" \
+	'  make compare          what differs between runs (RUN="one another")' \
 	"  make doctor           what went wrong in a run and what to do (RUN=, or ARGS='--log FILE')" \
 	'' \
 	'Work on the recipe' \
@@ -79,7 +83,7 @@ provision unprovision: python
 demo: python
 	$(RECIPE) demo $(with_run) $(ARGS)
 
-plan preflight prepare: python
+plan preflight prepare data: python
 	$(RECIPE) $@ $(with_config) $(with_data) $(ARGS)
 
 train: python
@@ -88,8 +92,11 @@ train: python
 doctor: python
 	$(RECIPE) doctor $(with_run) $(ARGS)
 
-eval chat: python
+eval chat reproduce report: python
 	$(RECIPE) $@ $(with_run) $(ARGS)
+
+compare: python
+	set -f; $(RECIPE) compare $$RUN $(ARGS)
 
 export-adapters: python
 	$(RECIPE) export $(with_run) $(ARGS)

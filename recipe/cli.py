@@ -7,6 +7,7 @@ Results go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -100,6 +101,13 @@ def parser() -> argparse.ArgumentParser:
     check = add("preflight", "is this machine able to do it", _preflight, config=True)
     check.add_argument("--quick", action="store_true", help="measure nothing: within 5 s")
     add("prepare", "find or download the model and quantise it to NF4", _prepare, config=True)
+    data = add(
+        "data", "the rows as the model sees them, what is wrong with them, or how many", _data, config=True
+    )
+    data.add_argument(
+        "what", nargs="?", choices=("show", "check", "stats"), default="show", help="(default: show)"
+    )
+    data.add_argument("--rows", type=int, default=5, metavar="N", help="how many to show (default: 5)")
     train = add("train", "train, or go on with an unfinished run", _train, config=True, run_name=True)
     train.add_argument(
         "--force", action="store_true", help="try it although the plan says that it cannot fit"
@@ -108,6 +116,12 @@ def parser() -> argparse.ArgumentParser:
         "eval", "held-out loss, perplexity and samples, without and with the adapters", _eval, run_name=True
     )
     evaluate.add_argument("--samples", type=int, metavar="N", help="prompts to answer in full")
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAME[,NAME…]",
+        help="score them with lm-evaluation-harness: held_out, basics, a task's YAML file, or a name that it knows",
+    )
+    evaluate.add_argument("--task-rows", type=int, metavar="N", help="of each task, the first ones; 0: all")
     add("export", "a PEFT folder, verified in a fresh process", _export, run_name=True)
     chat = add("chat", "talk to the trained model", _chat, run_name=True)
     chat.add_argument("--once", metavar="TEXT", help="answer this and end")
@@ -117,6 +131,16 @@ def parser() -> argparse.ArgumentParser:
         help="system message in place of the one that the training rows began with",
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
+    report = add(
+        "report", "one HTML file of a run: curves, plan, data, samples, events", _report, run_name=True
+    )
+    report.add_argument("--output", metavar="FILE", help="in place of report.html in the run's folder")
+    report.add_argument("--kwh-price", type=float, metavar="P", help="of energy, for what the run cost")
+    report.add_argument("--watch", action="store_true", help="serve it on this machine while training runs")
+    report.add_argument("--port", type=int, default=8765, metavar="N", help="with --watch (default: 8765)")
+    compare = add("compare", "what differs between runs, and what came out", _compare)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two runs or more")
+    compare.add_argument("--output", metavar="FILE", help="an HTML file too, with the curves over each other")
     doctor = add("doctor", "what went wrong in a run or a log, and what to do", _doctor, run_name=True)
     doctor.add_argument("--log", metavar="FILE", help="a log of accelerate or torchrun, of any program")
     doctor.add_argument(
@@ -124,6 +148,15 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--list", action="store_true", help="all failures that are known")
     doctor.add_argument("--markdown", action="store_true", help="with --list: as in docs/troubleshooting.md")
+    reproduce = add(
+        "reproduce",
+        "repeat a run from its manifest into NAME-again and compare the adapters",
+        _reproduce,
+        run_name=True,
+    )
+    reproduce.add_argument(
+        "--anyway", action="store_true", help="although something differs that decides the result"
+    )
     add("demo", "the whole job, small and real: prepare, train, export, compare", _demo, run_name=True)
     _bench_options(
         add("bench", "speed and memory at a model's true shapes, random weights, against other ways", _bench)
@@ -218,10 +251,11 @@ def _existing_run(arguments: argparse.Namespace):
 
 
 def load_runs_folder(overrides: list[str]) -> str:
-    from recipe.settings import Paths, _parse_override, from_dict
+    from recipe.configfile import parse_override
+    from recipe.settings import Paths, from_dict
 
     for text in overrides:
-        key, value = _parse_override(text)
+        key, value = parse_override(text)
         if key == "paths.runs":
             return from_dict({"paths": {"runs": value}}, {"paths.runs": f"--set {text}: "}).paths.runs
         raise UserError(
@@ -337,6 +371,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    from recipe.data import command
+    from recipe.prepare import prepared_folder
+
+    settings = _settings(arguments)
+    return command.data(arguments.what, settings, prepared_folder(settings), arguments.rows, arguments.json)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from recipe.plan import calibrate, plan_for, render, target_of, ways_out
     from recipe.plan.budget import with_tokens
@@ -383,7 +425,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from recipe.export import evaluate
 
-    report = evaluate.evaluate(_existing_run(arguments), arguments.samples)
+    if arguments.samples is not None and arguments.samples < 0:
+        raise UserError(f"--samples is {arguments.samples}, expected at least 0")
+    if arguments.task_rows is not None and arguments.task_rows < 0:
+        raise UserError(f"--task-rows is {arguments.task_rows}, expected at least 0 (0: all)")
+    tasks = None if arguments.tasks is None else [name for name in arguments.tasks.split(",") if name]
+    report = evaluate.evaluate(_existing_run(arguments), arguments.samples, tasks, arguments.task_rows)
     _print(report) if arguments.json else print(evaluate.render(report))
     return 0
 
@@ -404,6 +451,42 @@ def _chat(arguments: argparse.Namespace) -> int:
     )
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from recipe.report import make, serve
+
+    run = _existing_run(arguments)
+    if arguments.watch:
+        if arguments.output or arguments.json:
+            raise UserError("--watch: expected without --output and --json, since it writes no file")
+        serve.watch(run, arguments.port, arguments.kwh_price)
+        return 0
+    result = make.report(run, arguments.output, arguments.kwh_price)
+    if arguments.json:
+        _print(result)
+    else:
+        print(f"{result['file']}: run {run.name} ({result['state']}), {result['bytes'] / 2**20:.1f} MiB")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from recipe.report import compare
+    from recipe.report.read import read
+    from recipe.train.run import find_run
+
+    runs = load_runs_folder(arguments.overrides)
+    names = list(dict.fromkeys(arguments.runs))
+    if len(names) < 2:
+        raise UserError(
+            f"compare {' '.join(arguments.runs)}: expected the names of two different runs or more"
+        )
+    records = [read(find_run(runs, name)) for name in names]
+    found = compare.compare(records)
+    if arguments.output:
+        compare.write_html(records, found, arguments.output)
+    _print(found) if arguments.json else print(compare.render(found))
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipe import doctor
 
@@ -418,6 +501,38 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.log:
         return doctor.doctor(None, Path(arguments.log), arguments.json, bundle)
     return doctor.doctor(_existing_run(arguments), None, arguments.json, bundle)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from recipe import reproduce
+    from recipe.export.plain import finished_checkpoint
+    from recipe.files import read_json
+    from recipe.plan import calibrate, plan_for, target_of
+    from recipe.prepare import prepared_folder
+
+    run = _existing_run(arguments)
+    finished_checkpoint(run)
+    repeated = reproduce.again(run)
+    if not repeated.finished:
+        settings, then = run.settings(), read_json(run.manifest)
+        machine = _machine(settings)
+        target = target_of(machine, measured=calibrate.read(settings.paths.models))
+        ranks = plan_for(settings, target, prepared_folder(settings)).world_size
+        found = reproduce.differences(then, reproduce.present(settings, machine, ranks, then))
+        print(reproduce.table(found), file=sys.stderr)
+        reproduce.require_same(run, found, arguments.anyway)
+        again = ["train", "--config", str(run.config), "--run", repeated.name]
+        with contextlib.redirect_stdout(sys.stderr):  # what is printed at the end is the comparison
+            code = _train(
+                parser().parse_args([*again, "--set", f"paths.runs={json.dumps(str(run.folder.parent))}"])
+            )
+        if code:
+            return code
+    else:
+        print(f"run {repeated.name} is finished: compared as it is", file=sys.stderr)
+    result = reproduce.compare(run, repeated)
+    _print(result) if arguments.json else print(reproduce.render(result))
+    return 0 if result["as_expected"] else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

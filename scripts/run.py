@@ -29,7 +29,9 @@ import image
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ("auto", "docker", "host")
 # Which service of compose.yaml has the rights that a command needs; others need no more than export does.
-SERVICES = {name: name for name in ("preflight", "prepare", "train", "export", "chat")}
+SERVICES = {name: name for name in ("preflight", "prepare", "train", "export", "chat")} | {
+    "reproduce": "train"
+}
 WRITTEN = {"models": "RECIPE_MODELS", "runs": "RECIPE_RUNS", "data": "RECIPE_DATA", ".cache": "RECIPE_CACHE"}
 WRITING = (
     "--output",
@@ -38,6 +40,7 @@ WRITING = (
     "--bundle",
 )  # options whose value is a folder or file that is written
 WRITING_FILES = ("--figure", "--bundle")
+OUTPUT_FILES = ("report", "compare")  # commands whose --output is a file
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
 PROBE = "host-probe.json"
 PROBE_SECONDS = 15  # it ends within 5
@@ -60,6 +63,10 @@ def main(arguments):
             print(usable_image(flavour))
             return 0
         digest = None
+        if "--watch" in arguments:  # a container has no network on which it could be seen
+            if asked == "docker":
+                raise SetupError("--watch serves a page, and the container has no network: use RUNTIME=host")
+            asked = "host"
         if asked != "host":
             try:
                 digest = usable_image(flavour)
@@ -297,8 +304,11 @@ def named_paths(arguments):
             value = argument
         if option == "--config":
             config = value
+        if option == "--run" and arguments[0] == "reproduce":  # which reads the run's data again
+            config = f"runs/{value}/config.yaml"
         if option in WRITING:
-            yield (os.path.dirname(value) or "." if option in WRITING_FILES else value), True
+            file = option in WRITING_FILES or (option == "--output" and arguments[0] in OUTPUT_FILES)
+            yield (os.path.dirname(value) or "." if file else value), True
             continue
         own = re.search(r"(?:^|[=.])(?:models|runs)=([^\0]+)$", argument)
         word = own or re.fullmatch(r"(?:(?!/)[^\0]*?=)?((?:/|\.\./)[^\0]+)", argument)

@@ -14,7 +14,22 @@ from recipe.errors import Refused, UserError
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "recipe" / "configs" / "smollm2-135m.yaml")
-COMMANDS = ("plan", "preflight", "prepare", "train", "eval", "export", "chat", "doctor", "demo", "bench")
+COMMANDS = (
+    "plan",
+    "preflight",
+    "prepare",
+    "data",
+    "train",
+    "eval",
+    "export",
+    "chat",
+    "report",
+    "compare",
+    "doctor",
+    "reproduce",
+    "demo",
+    "bench",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

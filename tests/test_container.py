@@ -6,19 +6,19 @@ import sys
 import pytest
 
 from recipe import container
+from recipe.data.rows import held_out_rows, training_rows
 from recipe.errors import UserError
 from recipe.preflight import host, software
 from recipe.settings import Data
-from recipe.train.rows import read_held_out_rows, read_training_rows
 from tests.preflight.test_preflight_checks import context
 
 
 @pytest.mark.parametrize(
     ("read", "data", "remedy"),
     [
-        (read_training_rows, {"path": "org/rows"}, "to a JSONL file and pass DATA=FILE"),
+        (training_rows, {"path": "org/rows"}, "to a JSONL file and pass DATA=FILE"),
         (
-            read_held_out_rows,
+            held_out_rows,
             {"path": "demo", "eval_path": "org/rows"},
             "to a JSONL file and set data.eval_path to it",
         ),
@@ -28,7 +28,7 @@ def test_without_network_a_hub_data_set_is_refused_before_it_is_asked_for(monkey
     monkeypatch.setenv("RECIPE_NETWORK", "none")
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would fail
     with pytest.raises(UserError) as refused:
-        read(Data(**data))
+        list(read(Data(**data)))
     said = str(refused.value)
     assert "is `org/rows`: is no local file" in said and "no network, by design" in said
     assert said.endswith(remedy) and "\n" not in said
@@ -37,7 +37,7 @@ def test_without_network_a_hub_data_set_is_refused_before_it_is_asked_for(monkey
 def test_without_network_a_file_is_read(monkeypatch, tmp_path):
     monkeypatch.setenv("RECIPE_NETWORK", "none")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    assert len(read_training_rows(Data(path=str(tmp_path / "rows.jsonl")))) == 1
+    assert len(list(training_rows(Data(path=str(tmp_path / "rows.jsonl"))))) == 1
 
 
 @pytest.mark.parametrize("value", [None, "", "host"])

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from recipe.data.sources import DEMO
 from recipe.files import read_json
 from recipe.showcase import ON_THE_CPU, PeakMemory, stages
-from recipe.train.rows import DEMO
 
 pytestmark = [pytest.mark.slow, pytest.mark.registered]
 ROOT = Path(__file__).parent.parent
@@ -59,6 +59,11 @@ def test_the_held_out_rows_are_the_demos_own(demo):
     assert len(report["samples"]) == 2
     for sample in report["samples"]:
         assert sample["reference"] in answers and sample["base"] and sample["tuned"]
+
+
+def test_its_rows_fill_their_slots(demo):
+    stats = read_json(demo.run / "data" / "stats.json")
+    assert stats["fill"] >= 0.97 and stats["rows"] == 300 and stats["held_out_rows"] == 60
 
 
 def test_each_stage_says_what_it_does_how_long_and_where_the_result_lies(demo):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.train.rows import DEMO, checked
+from recipe.data.rows import checked
+from recipe.data.sources import DEMO
 
 ANSWER = re.compile(r"(account|billing|sales|shipping|technical) \| (urgent|normal)")
 

@@ -37,6 +37,7 @@ from recipe.plan.parts import total_gib
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import from_dict
+from recipe.train.run import read_jsonl
 
 PLAN = "plan"
 STEPS, CPU_STEPS = 8, 3
@@ -153,10 +154,11 @@ def measured(setting: Setting, machine: Machine, scratch: Path, keep_in: str | N
         log = list(program.log)[-20:]
         return row | {"status": "failed", "note": bench.unsaid(code, program.log), "log": log}
     planned = json.loads((folder / "planned.json").read_text())
-    metrics = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").read_text().splitlines()]
+    metrics, events = (read_jsonl(folder / f"runs/run/{name}.jsonl") for name in ("metrics", "events"))
+    pauses = [event["paused_seconds"] for event in events if event["kind"] == "checkpoint"]
     shutil.rmtree(folder)  # its checkpoints
     row |= {"status": "measured", "placement": planned["placement"], "card": gpus[0].name if gpus else None}
-    return row | {"measured": taken(metrics, samples, bool(gpus))}
+    return row | {"measured": taken(metrics, samples, bool(gpus)) | {"save_pause_seconds": max(pauses)}}
 
 
 def taken(metrics: list[dict[str, Any]], samples: Samples, on_gpu: bool) -> dict[str, Any]:
@@ -192,8 +194,12 @@ def foreseen(row: dict[str, Any]) -> dict[str, float]:
 
 
 def deviations(row: dict[str, Any]) -> dict[str, float]:
-    """How far what was foreseen is off, as shares of what was measured."""
-    return {name: value / row["measured"][name] - 1 for name, value in foreseen(row).items()}
+    """How far what was foreseen is off, as shares of what was measured.
+
+    A row without `host_gib` was measured when each rank gathered a checkpoint whole; its host RAM is to be measured again.
+    """
+    measured = row["measured"]
+    return {name: value / measured[name] - 1 for name, value in foreseen(row).items() if name in measured}
 
 
 def met(row: dict[str, Any]) -> bool:
@@ -266,11 +272,13 @@ def report(document: dict[str, Any]) -> str:
             lines.append(f"| {row['name']} | {row['status']}: {row['note']} | | | |")
             continue
         plan, off = foreseen(row), deviations(row)
-        cells = [
-            f"{plan[name]:{form}} for {row['measured'][name]:{form}}, {100 * off[name]:+.1f} %"
-            if name in plan
-            else ""
-            for name, form in (("vram_gib", ".2f"), ("host_gib", ".2f"), ("step_seconds", ".3f"))
-        ]
+        cells = []
+        for name, form in (("vram_gib", ".2f"), ("host_gib", ".2f"), ("step_seconds", ".3f")):
+            if name in off:
+                cells.append(
+                    f"{plan[name]:{form}} for {row['measured'][name]:{form}}, {100 * off[name]:+.1f} %"
+                )
+            else:
+                cells.append(f"{plan[name]:{form}}, to be measured" if name in plan else "")
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {'met' if met(row) else '**missed**'} |")
     return "\n".join(lines) + "\n"

@@ -153,7 +153,7 @@ def _with_all_tokens(settings: Settings, target: Target) -> list[Settings]:
     if settings.train.micro_batch_tokens != "auto" or not target.gpus:
         return [settings]
     each, over = divmod(settings.train.global_batch_tokens, _world_size(settings, target))
-    least = settings.data.max_length
+    least = settings.longest_row
     sizes = [] if over else [each // n for n in range(1, MOST_PASSES + 1) if each % n == 0]
     wanted = sorted(size for size in sizes if size >= least) or [least]
     return [with_tokens(settings, size) for size in wanted]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from recipe.plan.cards import Card, floor_seconds
 from recipe.plan.placement import Placement
-from recipe.plan.seconds import Seconds, adamw_seconds, micro_batch_seconds
+from recipe.plan.seconds import Seconds, adamw_seconds, micro_batch_seconds, passes
 from recipe.plan.shapes import ModelShape
 from recipe.settings import Settings
 
@@ -59,9 +59,9 @@ def duration(
     """Of a run whose settings have numbers for all that a plan decides; `data_tokens`: of the training rows, once."""
     tokens = settings.train.global_batch_tokens
     micro = micro_batch_seconds(shape, settings, world_size, slowest, placement)
-    passes = settings.accumulation(world_size)
+    times = passes(settings, world_size, micro)
     adamw = adamw_seconds(shape, settings, world_size, slowest)
-    step = passes * micro.total + adamw
+    step = times * micro.total + adamw
     epoch = data_tokens / tokens if data_tokens else None
     steps = settings.train.steps
     if steps is None and epoch is not None and settings.train.epochs is not None:
@@ -72,7 +72,7 @@ def duration(
             shape, tokens, slowest, world_size, placement.keep_layers, settings.compute.accumulate
         ),
         tokens_per_second=tokens / step,
-        parts={name: passes * seconds for name, seconds in _parts(micro).items()} | {"AdamW": adamw},
+        parts={name: times * seconds for name, seconds in _parts(micro).items()} | {"AdamW": adamw},
         limited_by=_limit(micro),
         steps=steps,
         epoch_steps=epoch,

@@ -37,8 +37,9 @@ NCCL_RANK_GIB = 0.19
 # `recipe train` itself and torchrun or accelerate's launcher: once. On a GPU machine both import CUDA's libraries.
 CPU_LAUNCHER_GIB = 0.5
 GPU_LAUNCHER_GIB = 1.0
-# A checkpoint is gathered on every rank: adapters and both moments; the rehearsal keeps the adapters of all ranks besides.
-GATHERED = 3
+# What a checkpoint holds is copied, each rank its slice: the adapters and both moments (recipe/train/saver.py). The
+# rehearsal keeps the adapters besides.
+COPIED = 3
 # Preparing needs one process, which reads with many threads.
 CPU_PREPARE_GIB = 1.5
 GPU_PREPARE_GIB = 2.0
@@ -104,15 +105,15 @@ def host_parts(
     weights = placement.offload_layers * layer_bytes(shape, settings)
     tokens = settings.micro_batch_tokens
     saved = away_bytes(shape, tokens, width, placement)
-    # Not at one time, so the larger of the two.
     lora = shape.lora_parameters(settings.lora.rank, settings.lora.target_modules) * FP32
-    checkpoint = lora * (1 + GATHERED * world_size) / GIB
     embedded = tokens * shape.hidden * width * world_size / GIB
     parts = [
         Part("launcher", launcher, "recipe train and what starts the ranks"),
         Part("processes", base * world_size, f"{world_size} × {base:.2f} GiB: Python, torch, libraries"),
-        Part("checkpoint", checkpoint, "gathered on each rank to be written")
-        if checkpoint >= embedded
+        Part("checkpoint", COPIED * lora / GIB, "LoRA and AdamW's moments, copied to be written"),
+        # Not at one time, so the larger of the two.
+        Part("LoRA once more", lora / GIB, "while rehearsing")
+        if lora / GIB >= embedded
         else Part("embedded tokens", embedded, "rows of the embedding"),
         Part("offloaded layers", weights / GIB, f"{placement.offload_layers} of {shape.layers}, pinned"),
         Part(
@@ -178,6 +179,7 @@ def _static(
     here = shape.layers - placement.offload_layers
     linear = here * shape.layer_linear_parameters
     lora = shape.lora_parameters(settings.lora.rank, settings.lora.target_modules)
+    reference = lora if settings.train.method == "dpo" and settings.lora.start else 0
     small = shape.layers * shape.layer_other_parameters + shape.hidden
     largest = max(outputs * inputs for outputs, inputs in shape.linears.values())
     divided = f"1/{world_size} per rank" if world_size > 1 else "one rank holds all"
@@ -207,6 +209,7 @@ def _static(
         Part("norms and biases", small * width / GIB, "whole on every rank"),
         Part("LoRA weights", lora * FP32 / world_size / GIB, f"fp32, {divided}"),
         Part("LoRA gradients", lora * FP32 / world_size / GIB, f"fp32, {divided}"),
+        Part("LoRA reference", reference * width / world_size / GIB, f"what DPO began with, {divided}"),
         Part("AdamW state", lora * 2 * FP32 / world_size / GIB, f"two fp32 moments, {divided}"),
         Part("LoRA of a layer", working / GIB, "whole, its gradient, and partial sums"),
     ]

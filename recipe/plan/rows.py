@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe.settings import Settings
+from recipe.settings import Settings, Source
 
 SAMPLE_BYTES = 2**20
 CHARACTERS_PER_TOKEN = 4  # of English prose; code and other languages have fewer, which makes an epoch longer
@@ -14,8 +14,19 @@ DEMO = Path(__file__).parent.parent / "demo" / "train.jsonl"
 
 
 def data_tokens(settings: Settings) -> float | None:
-    """Tokens of the rows that are trained on, once; None where they are not a JSONL file on this machine."""
-    path = settings.data.path
+    """Tokens of the rows that are trained on, once; None where they are not JSONL files on this machine."""
+    data = settings.data
+    total = 0.0
+    for source in data.sources or [Source(path=data.path)]:
+        tokens = _tokens(source.path)
+        if tokens is None:
+            return None
+        total += source.weight * tokens
+    held_out = 0.0 if data.eval_path or data.path == "demo" else data.eval_fraction
+    return (1 - held_out) * total or None
+
+
+def _tokens(path: str | None) -> float | None:
     file = DEMO if path == "demo" else Path(path) if path else None
     if file is None or file.suffix not in (".jsonl", ".json") or not file.is_file():
         return None
@@ -25,9 +36,8 @@ def data_tokens(settings: Settings) -> float | None:
     if len(sample) < size:
         sample = sample[: sample.rfind(b"\n") + 1]
     characters = sum(_characters(line) for line in sample.splitlines())
-    held_out = 0.0 if settings.data.eval_path or path == "demo" else settings.data.eval_fraction
     share = characters / len(sample) if sample else 0.0
-    return (1 - held_out) * size * share / CHARACTERS_PER_TOKEN or None
+    return size * share / CHARACTERS_PER_TOKEN
 
 
 def _characters(line: bytes) -> int:

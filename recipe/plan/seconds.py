@@ -116,7 +116,13 @@ def step_seconds(
     """An optimizer step: its micro-batches, one after another, and AdamW over the rank's share of LoRA."""
     micro_batch = micro_batch_seconds(shape, settings, world_size, card, placement)
     adamw = adamw_seconds(shape, settings, world_size, card)
-    return settings.accumulation(world_size) * micro_batch.total + adamw
+    return passes(settings, world_size, micro_batch) * micro_batch.total + adamw
+
+
+def passes(settings: Settings, world_size: int, micro_batch: Seconds) -> float:
+    """Micro-batches of a step; for DPO with the forward of the reference that each has besides."""
+    reference = micro_batch.forward if settings.train.method == "dpo" else 0.0
+    return settings.accumulation(world_size) * (1 + reference)
 
 
 def adamw_seconds(shape: ModelShape, settings: Settings, world_size: int, card: Card) -> float:

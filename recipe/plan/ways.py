@@ -103,16 +103,23 @@ def _halves(start: int, least: int) -> Iterator[int]:
 
 
 def _with_length(settings: Settings, tokens: int) -> Settings:
+    length = min(_longest(settings, tokens), settings.data.max_length)
     return dataclasses.replace(
         settings,
         train=dataclasses.replace(settings.train, micro_batch_tokens=tokens),
-        data=dataclasses.replace(settings.data, max_length=min(tokens, settings.data.max_length)),
+        data=dataclasses.replace(settings.data, max_length=length),
     )
+
+
+def _longest(settings: Settings, tokens: int) -> int:
+    """The longest row that a micro-batch of so many tokens has room for."""
+    return tokens * settings.data.max_length // settings.longest_row
 
 
 def _length_words(settings: Settings, tokens: int) -> str:
     words = f"--set train.micro_batch_tokens={tokens}"
-    return words if tokens >= settings.data.max_length else f"{words} --set data.max_length={tokens}"
+    length = _longest(settings, tokens)
+    return words if length >= settings.data.max_length else f"{words} --set data.max_length={length}"
 
 
 def _more_cards(

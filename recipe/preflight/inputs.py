@@ -8,12 +8,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from recipe.data.read import raw_rows
+from recipe.data.rows import row_of
+from recipe.data.sources import is_hub_id, training_origins
+from recipe.errors import UserError
 from recipe.preflight.check import Check, Context, judged, not_measured, told
 from recipe.preflight.measured import QUICK
 from recipe.prepare import RECORD
 from recipe.probe import token_file
 
-DATA_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet", ".csv")
 HUB_SECONDS = 5
 HUB = "https://huggingface.co"
 HEADER_PREFIX = 8
@@ -90,18 +93,24 @@ def chat_template(context: Context) -> Check:
 
 
 def data(context: Context) -> Check:
-    """All rows of a local file; with --quick its first. A hub data set is only looked at when training starts."""
-    path = context.settings.data.path
-    expected = "JSONL, one row per line"
-    remedy = "give a JSONL file with messages, prompt/completion or text in every row"
+    """All rows of local files; with --quick the first of each. A hub data set is only looked at when training starts."""
+    settings = context.settings.data
+    path = ", ".join(source.path or "" for source in settings.sources) or settings.path
+    expected = "rows of a known shape"
+    remedy = "give a JSONL, JSON, Parquet or CSV file with messages, prompt/completion or text in every row"
     if path is None:
         return Check("data", "skip", "data.path is not set (DATA= sets it)", expected)
-    if _on_hub(context):
-        return Check("data", "skip", f"{path} is on the hub: looked at when training starts", expected)
-    if path != "demo" and (problem := _problem_of(Path(path))):
-        return Check("data", "fail", problem, expected, remedy)
+    try:
+        origins = training_origins(settings)
+        if any(not origin.files for origin in origins):
+            return Check("data", "skip", f"{path} is on the hub: looked at when training starts", expected)
+        for origin in origins:
+            if path != "demo":
+                row_of(next(raw_rows(origin)), origin.columns)
+    except UserError as error:
+        return Check("data", "fail", str(error), expected, remedy)
     if "skipped" in context.reading:
-        found = "the demo's own rows" if path == "demo" else f"{path} begins with a JSON object"
+        found = "the demo's own rows" if path == "demo" else f"{path} begins with a good row"
         return Check("data", "ok", f"{found}; the rest {QUICK}", expected)
     if "rows" not in context.reading:
         return Check("data", "warn", f"{path}: {context.reading.get('error', 'not read')}", expected,
@@ -184,10 +193,9 @@ def _model_to_fetch(context: Context) -> bool:
 
 
 def _on_hub(context: Context) -> bool:
-    path = context.settings.data.path
-    if path is None or path == "demo" or Path(path).exists():
-        return False
-    return Path(path).suffix not in DATA_SUFFIXES and not path.startswith(("/", ".", "~"))
+    data = context.settings.data
+    paths = [source.path or "" for source in data.sources] or [data.path or "demo"]
+    return any(is_hub_id(path) and not Path(path).exists() for path in paths)
 
 
 def _sizes_problem(folder: Path) -> str | None:
@@ -224,23 +232,6 @@ def _header_problem(file: Path) -> str | None:
         return f"{file}: its header cannot be read"
     expected = HEADER_PREFIX + length + end
     return None if size == expected else f"{file}: has {size} bytes, its header says {expected}"
-
-
-def _problem_of(file: Path) -> str | None:
-    """What is wrong with the first line of a data file, or None."""
-    try:
-        with open(file, encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "")
-        row = json.loads(first) if first else None
-    except OSError as error:
-        return f"{file}: {(error.strerror or 'cannot be read').lower()}"
-    except UnicodeDecodeError:
-        return f"{file}: not UTF-8 text"
-    except json.JSONDecodeError as error:
-        return f"{file}:1: not valid JSON ({error.msg})"
-    if row is None:
-        return f"{file}: is empty"
-    return None if isinstance(row, dict) else f"{file}:1: is no JSON object"
 
 
 CHECKS = [model, hashes, tokenizer, chat_template, data, lengths, token, hub]

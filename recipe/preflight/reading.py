@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +33,37 @@ def main(request: dict[str, Any]) -> None:
     if there and prepared:
         _tokenizer(settings, prepared, rows)
     elif rows:
-        lengths = [_characters(row) / CHARACTERS_PER_TOKEN for row in _sample(rows)]
+        lengths = [len(row.text) / CHARACTERS_PER_TOKEN for row in rows]
         _say_lengths(lengths, settings, "characters / 4")
     if there and prepared:
         say(hashes=hashes(prepared, request["hash_seconds"]))
 
 
 def _rows(data: Data) -> list[Any]:
-    """All rows of local files, checked; nothing of hub data sets, which training loads."""
-    from recipe.train.rows import read_held_out_rows, read_training_rows
+    """All rows of local files, checked, of which a sample is kept; nothing of hub data sets, which training loads."""
+    from recipe.data.rows import rows_of
+    from recipe.data.sources import held_out_origins, training_origins
 
-    if data.path is None or not (data.path == "demo" or Path(data.path).exists()):
+    if data.path is None and not data.sources:
         return []
     try:
-        rows = read_training_rows(data)
-        held_out = data.eval_path
-        if held_out is None or held_out == "demo" or Path(held_out).exists():
-            held = len(read_held_out_rows(data))
-        else:
-            held = 0
+        training, held_out = training_origins(data), held_out_origins(data)
+        if not all(origin.files for origin in training):
+            return []
+        rows, count = _sample(rows_of(training))
+        _, held = _sample(rows_of([origin for origin in held_out if origin.files]))
     except UserError as error:
         say(rows={"problem": str(error)})
         return []
-    say(rows={"count": len(rows), "held_out": held})
+    say(rows={"count": count, "held_out": held})
     return rows
 
 
 def _tokenizer(settings: Settings, prepared: Path, rows: list[Any]) -> None:
     """Load it, render a conversation, and encode a sample as training will."""
-    from recipe.train.data import encode, load_tokenizer, render
+    from recipe.data.chat import render
+    from recipe.data.encode import load_tokenizer
+    from recipe.data.tokenise import documents_of
 
     try:
         tokenizer = load_tokenizer(prepared, settings.data)
@@ -71,7 +74,8 @@ def _tokenizer(settings: Settings, prepared: Path, rows: list[Any]) -> None:
         else:
             say(tokenizer={"characters": 0, "template": False})
         if rows:
-            lengths = [float(len(encode(row, settings.data, tokenizer)[0])) for row in _sample(rows)]
+            documents = (documents_of(row, settings.data, settings.train.method, tokenizer) for row in rows)
+            lengths = [float(max(len(ids) for part in parts for ids, _ in part)) for parts in documents]
             _say_lengths(lengths, settings, "the tokenizer")
     except UserError as error:
         say(tokenizer={"problem": str(error)})
@@ -111,15 +115,17 @@ def _sha256(path: Path, end: float) -> str | None:
     return digest.hexdigest()
 
 
-def _sample(rows: list[Any]) -> list[Any]:
-    """Evenly from the whole file: rows are often sorted by something."""
-    return rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
-
-
-def _characters(row: Any) -> int:
-    if row.messages:
-        return sum(len(message["content"]) for message in row.messages)
-    return sum(len(row.values.get(key, "")) for key in ("prompt", "completion", "text"))
+def _sample(rows: Iterable[Any]) -> tuple[list[Any], int]:
+    """Some rows, evenly from the whole, since they are often sorted by something; and how many there are."""
+    kept: list[Any] = []
+    count, every = 0, 1
+    for row in rows:
+        if count % every == 0:
+            kept.append(row)
+            if len(kept) == 2 * SAMPLE:
+                kept, every = kept[::2], 2 * every
+        count += 1
+    return kept[:: max(1, len(kept) // SAMPLE)][:SAMPLE], count
 
 
 def _say_lengths(lengths: list[float], settings: Settings, by: str) -> None:

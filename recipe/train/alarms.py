@@ -48,6 +48,10 @@ class NotFinite(Refused):
     """The loss is NaN or infinite: what follows from it is worthless, so nothing of it may be saved."""
 
 
+class SaveFailed(Refused):
+    """A checkpoint could not be written, and the settings say to stop then."""
+
+
 @dataclass(frozen=True)
 class Alarm:
     cause: str
@@ -75,7 +79,7 @@ class Curve:
 
     def __init__(self, lines: Sequence[dict[str, Any]] = ()):
         """`lines` of metrics.jsonl, where a run goes on."""
-        recent = lines[-WINDOW:]
+        recent = [line for line in lines if line["loss"] is not None][-WINDOW:]
         self._losses = deque((line["loss"] for line in recent), maxlen=WINDOW)
         self._norms = deque(
             (line["grad_norm"] for line in recent if _finite(line["grad_norm"])), maxlen=WINDOW
@@ -127,10 +131,20 @@ def is_explosion(norm: float, before: list[float]) -> bool:
     return norm > EXPLOSION_NORM and norm > EXPLOSION_FACTOR * statistics.median(before)
 
 
-def not_finite(step: int, loss: float, learning_rate: float, checkpoint: str | None) -> NotFinite:
+def skipped_step(step: int, loss: float) -> Alarm:
+    if math.isfinite(loss):
+        return Alarm("gradient_explosion", f"step {step}: gradients overflowed, the step was left out")
+    return Alarm("nan_batch", f"step {step}: the loss is {loss}, the step was left out (train.on_nan: skip)")
+
+
+def not_finite(
+    step: int, loss: float, learning_rate: float, checkpoint: str | None, skipped: int = 0
+) -> NotFinite:
+    """`skipped`: steps just before this one that were left out for the same reason."""
+    before = f" after {skipped} steps that were left out" if skipped else ""
     saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     return NotFinite(
-        f"step {step}: the loss is {loss}; nothing of that state was saved, {saved}; most often the learning rate is too "
+        f"step {step}: the loss is {loss}{before}; nothing of that state was saved, {saved}; most often the learning rate is too "
         f"high: begin anew with --set train.learning_rate={learning_rate / 2:.2g} (now {learning_rate:.2g}) or a longer "
         "train.warmup_steps, else look at the rows"
     )

@@ -27,7 +27,7 @@ from recipe.errors import Refused
 from recipe.train import checkpoint
 from recipe.train.alarms import PAGE_BYTES
 from recipe.train.pulse import STACKS, Beat, dump_request, flight_record, read_beats
-from recipe.train.run import Run
+from recipe.train.run import Run, read_jsonl
 
 WORKER = "recipe.train.worker"
 LOOK_SECONDS = 1.0
@@ -42,7 +42,6 @@ COMPUTES = (
     "build the model",
     "check embedding",
     "start adapters",
-    "hash what was written",
     "hash what was read back",
 )
 STOPPED_SECONDS = 20.0  # the others wait for a rank that stands still, their GPUs at work, without a word
@@ -50,6 +49,7 @@ STOPPED_SECONDS = 20.0  # the others wait for a rank that stands still, their GP
 # which would give it 30 seconds (33 were measured on two GPUs).
 ALONE_SECONDS = 5.0
 LAUNCHER_SECONDS = 10.0  # torchrun sees a dead rank ten times a second, and ends when all ranks have
+RESTART_SECONDS = 60.0  # more, where it is to start them again: it waits 30 for those that do not hear it
 PAUSE_SECONDS = 10.0  # between two looks: then this process itself was stopped, or the machine slept
 DUMP_SECONDS = 3.0  # for the flight recorders: three rounds of a pulse
 STACK_SECONDS = (
@@ -88,7 +88,6 @@ class Signs:
 
     stored_bytes: int
     flushed_bytes: int
-    waits_for_disk: bool
     cpu_seconds: float
 
     @classmethod
@@ -99,10 +98,9 @@ class Signs:
             return cls(
                 moved.read_bytes + moved.write_bytes,
                 (_vmstat("nr_written", root) or 0) * PAGE_BYTES,
-                process.status() == psutil.STATUS_DISK_SLEEP,
                 cpu.user + cpu.system,
             )
-        return cls(0, 0, False, 0.0)
+        return cls(0, 0, 0.0)
 
     def since(self, before: Signs, beat: Beat | None) -> bool:
         """Whether the process, a rank with this `beat`, got on since `before`."""
@@ -111,16 +109,19 @@ class Signs:
         # Before its first mark it imports. Else computing says nothing: NCCL waits by looking again and again.
         if beat is None or beat.operation in COMPUTES:
             return self.cpu_seconds - before.cpu_seconds >= COMPUTED_SECONDS
-        # In an fsync. Elsewhere a process that waits like this may sit in the driver of a lost GPU.
-        syncs = self.waits_for_disk and beat.operation == checkpoint.SYNC
-        return syncs and self.flushed_bytes - before.flushed_bytes >= MOVED_BYTES
+        # An fsync in rank 0's other thread, which writes nothing more meanwhile.
+        waits = beat.operation == checkpoint.WAIT
+        return waits and self.flushed_bytes - before.flushed_bytes >= MOVED_BYTES
 
 
 class Guard:
-    """Over the ranks below `process`, torchrun or accelerate, of a run whose log had `log_start` bytes before."""
+    """Over the ranks below `process`, torchrun or accelerate, of a run whose log had `log_start` bytes before.
 
-    def __init__(self, run: Run, process: subprocess.Popen, log_start: int):
-        self.run, self.process, self.log_start = run, process, log_start
+    restarts: times that the launcher starts all ranks again where one has failed.
+    """
+
+    def __init__(self, run: Run, process: subprocess.Popen, log_start: int, restarts: int = 0):
+        self.run, self.process, self.log_start, self.restarts_left = run, process, log_start, restarts
         self.beats: dict[int, Beat] = {}
         self.pids: dict[int, int] = {}  # every rank that was seen, whether it runs still or not
         self._log_position = log_start
@@ -128,6 +129,7 @@ class Guard:
         self._key: object = None
         self._signs: dict[int, Signs] = {}  # by rank, of when the last one got on
         self._stopped: dict[int, float] = {}  # since when, by process
+        self._told: Verdict | None = None  # why all ranks were ended to be started again
         self._failed: float | None = None  # when the first rank was seen dead, or torchrun said so
         self._oom_kills = oom_kills()
 
@@ -137,9 +139,13 @@ class Guard:
         if now - self._looked < LOOK_SECONDS:
             return None
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
-        self.beats = read_beats(self.run)
-        self.pids |= {rank: pid for pid, rank in ranks_of(self.process)}
-        self.pids |= {beat.rank: beat.pid for beat in self.beats.values()}
+        children = {rank: pid for pid, rank in ranks_of(self.process)}
+        if any(self.pids.get(rank, pid) != pid for rank, pid in children.items()):
+            self._restarted(now)
+        # A pulse of a rank that was replaced stays until the new one writes its own.
+        beats = read_beats(self.run)
+        self.beats = {rank: beat for rank, beat in beats.items() if children.get(rank, beat.pid) == beat.pid}
+        self.pids |= {beat.rank: beat.pid for beat in self.beats.values()} | children
         alive = {rank: pid for rank, pid in self.pids.items() if self._runs(rank)}
         stopped = {rank for rank, pid in alive.items() if is_stopped(pid)}
         if paused or (
@@ -147,7 +153,48 @@ class Guard:
         ):  # where all are stopped, somebody wants the GPUs
             self._progress, self._stopped = now, {}
             return None
-        return self._after_failure(alive, now) or self._standing(stopped, now) or self._hanging(alive, now)
+        verdict = self._after_failure(alive, now) or self._standing(stopped, now) or self._hanging(alive, now)
+        if verdict is not None and self.restarts_left and alive:
+            self._dump()
+            self._told = verdict
+            for pid in alive.values():  # then the launcher starts all of them again
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._failed = now
+            return None
+        return verdict
+
+    # -- started again --------------------------------------------------------------------------------------------
+
+    def _restarted(self, now: float) -> None:
+        """The launcher has started all ranks again: say why, and begin afresh."""
+        self.restarts_left -= 1
+        verdict = self._told or self._blame()
+        self.run.event(
+            "restarted",
+            f"{verdict.found}; all ranks start again from the last checkpoint ({self.restarts_left} more times)",
+            cause=verdict.cause,
+            **verdict.place(),
+        )
+        self.log_start = self._log_position = self.run.log.stat().st_size
+        self._failed = self._told = None
+        self._key, self._progress, self._stopped, self.pids, self.beats = None, now, {}, {}, {}
+
+    def _blame(self) -> Verdict:
+        """Who failed first, by the launcher's log, else by what a rank has reported itself."""
+        if (failed := self.failed_rank()) is not None and failed[0] < 0 and not self.has_reported(failed[1]):
+            code, rank = failed
+            return self.died(rank, f"was killed by {signal.Signals(-code).name}", -code)
+        reported = [event for event in read_jsonl(self.run.events) if event["kind"] == "error"]
+        if reported:
+            return Verdict(reported[-1]["cause"], reported[-1]["message"].splitlines()[0], "", None, None)
+        return Verdict("rank_died", "a rank has ended", "", None, None)
+
+    def failed_rank(self) -> tuple[int, int] | None:
+        """Exit code and rank of the first one that the launcher saw fail."""
+        log = self.run.log.read_bytes()[self.log_start :].decode(errors="replace")
+        found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
+        return (int(found[1]), int(found[2])) if found else None
 
     def _runs(self, rank: int) -> bool:
         beat = self.beats.get(rank)
@@ -172,7 +219,8 @@ class Guard:
         for pid in alive.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if now - self._failed < ALONE_SECONDS + LAUNCHER_SECONDS:
+        patience = ALONE_SECONDS + LAUNCHER_SECONDS + (RESTART_SECONDS if self.restarts_left else 0)
+        if now - self._failed < patience:
             return None
         for rank in sorted(self.pids):
             if self._died(rank, alive):
@@ -191,8 +239,13 @@ class Guard:
 
     def has_reported(self, rank: int) -> bool:
         """Whether it has said itself what went wrong; then it was ended because its way out hung."""
-        beat = read_beats(self.run).get(rank)
+        beat = self._last_beat(rank)
         return beat is not None and bool(beat.ended)
+
+    def _last_beat(self, rank: int) -> Beat | None:
+        """Of this start of the rank, not of one before."""
+        beat = read_beats(self.run).get(rank)
+        return beat if beat is not None and self.pids.get(rank, beat.pid) == beat.pid else None
 
     def _closing(self) -> bool:
         """Whether the log's new whole lines have torchrun's word."""
@@ -206,7 +259,7 @@ class Guard:
 
     def died(self, rank: int, how: str, number: int = 0) -> Verdict:
         """The verdict on a rank that is gone, `number` the signal that ended it where it is known."""
-        beat = read_beats(self.run).get(rank)
+        beat = self._last_beat(rank)
         last = f"; it was last at {beat.where}" if beat else "; it had not begun"
         before = self._oom_kills
         killed = before is not None and (oom_kills() or 0) > before

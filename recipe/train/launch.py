@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -32,12 +31,16 @@ from recipe.prepare import Prepared
 from recipe.settings import Settings
 from recipe.train import checkpoint, guard
 from recipe.train.guard import WORKER, Guard, ranks_of
-from recipe.train.manifest import manifest
-from recipe.train.run import Run, Tail, begin_or_continue, read_jsonl
+from recipe.train.manifest import manifest, threads_per_rank
+from recipe.train.resume import resume_point
+from recipe.train.run import Run, Tail, begin_or_continue, keep_room, read_jsonl
 
 ACCELERATE_CONFIG = Path(__file__).parent.parent / "configs" / "accelerate" / "gpus.yaml"
 PACKAGE_PARENT = Path(__file__).parent.parent.parent
 POLL_SECONDS = 0.2
+FULL_BYTES = 2**20  # less of a disk is left where not even a line could be written
+# Causes of errors that another start may not meet again; whatever else a rank reports would come again.
+PASSING = ("unexpected", "rank_died", "rank_stopped", "rank_hung", "rank_behind", "out_of_host_memory")
 
 
 def say(text: str) -> None:
@@ -51,26 +54,47 @@ def start(settings: Settings, name: str | None, prepared: Prepared, machine: Mac
     """
     run, goes_on = begin_or_continue(settings, name)
     settings.accumulation(plan.world_size)
-    resume = None
-    if goes_on:
-        resume, notes = checkpoint.newest_sound(run.folder)
-        for note in notes:
-            say(note)
-        say(f"run {run.name} goes on from {resume.name if resume else 'the start: it has no checkpoint yet'}")
-    else:
+    if not goes_on:
         _begin(run, settings, prepared, machine, plan.world_size)
     with run.locked() as lock:
-        _forget_undone(run, checkpoint.read_state(resume)["step"] if resume else 0)
+        write_json(run.plan, plan.to_dict())
+        resume, notes = resume_point(run)
+        for note in notes:
+            say(note)
+        if goes_on:
+            say(
+                f"run {run.name} goes on from {resume.name if resume else 'the start: it has no checkpoint yet'}"
+            )
+            _go_on(run, settings, resume, plan.world_size)
         _supervise(run, settings, plan, resume, lock)
     return run
 
 
+def _go_on(run: Run, settings: Settings, resume: Path | None, world_size: int) -> None:
+    """What may be otherwise than when the run was begun is written down, and what that changes is said."""
+    if run.settings() != settings:
+        write_text(run.config, settings.to_yaml())
+    before = checkpoint.read_state(resume)["world_size"] if resume else world_size
+    if before != world_size:
+        text = (
+            f"{resume.name if resume else ''} was written by {before} ranks, and {world_size} go on: the global batch and its "
+            "rows stay, sums are rounded otherwise and dropout draws other numbers"
+        )
+        run.event("warning", text, cause="world_size_changed")
+        say(text)
+
+
 def check(settings: Settings, world_size: int) -> None:
     """What can be told before the model is fetched and quantised, which takes hours for 70B. Raises UserError."""
+    from recipe.data.encode import read_template
+    from recipe.data.preference import check_row
+    from recipe.data.prepare import is_cached
+    from recipe.data.rows import held_out_rows, training_rows
     from recipe.engine.devices import attention_kind, compute_dtype, set_accumulation
-    from recipe.train.data import read_template
-    from recipe.train.rows import read_held_out_rows, read_training_rows
+    from recipe.prepare import prepared_folder
+    from recipe.train.start import find
 
+    find(settings)
     settings.accumulation(world_size)
     hostenv.read()
     dtype = compute_dtype(settings)
@@ -78,8 +102,11 @@ def check(settings: Settings, world_size: int) -> None:
     set_accumulation(settings, dtype)
     if settings.data.chat_template:
         read_template(settings.data)
-    read_training_rows(settings.data)
-    read_held_out_rows(settings.data)
+    if is_cached(settings, prepared_folder(settings)):
+        return
+    for rows in (training_rows(settings.data), held_out_rows(settings.data)):
+        for row in rows:
+            check_row(row, settings.train.method)
 
 
 class Stopped(Exception):
@@ -94,50 +121,43 @@ class Stopped(Exception):
 
 def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, world_size: int) -> None:
     """Tokenise, show what will be trained, and make the run's folder."""
-    from recipe.train.data import load_tokenizer, packed, shown_rows, tokenise
+    from recipe.data import prepare
+    from recipe.data.encode import load_tokenizer
+    from recipe.data.show import shown_rows
+    from recipe.data.sources import names
 
     tokenizer = load_tokenizer(prepared.folder, settings.data)
-    data = tokenise(settings, tokenizer)
-    for note in data.notes:
-        say(f"note: {note}")
-    needed = settings.train.global_batch_tokens
-    if data.tokens < needed:
-        raise UserError(
-            f"data.path is `{settings.data.path}`: has {data.tokens} tokens in {len(data.train)} rows, expected at least "
-            f"one global batch ({needed} tokens); add data or lower train.global_batch_tokens"
+    with prepare.prepared(settings, tokenizer, prepared.folder) as data:
+        for note in data.notes:
+            say(f"note: {note}")
+        stats, needed = data.stats, settings.train.global_batch_tokens
+        if stats["epoch_tokens"] < needed:
+            raise UserError(
+                f"data.{'sources are' if settings.data.sources else 'path is'} {names(settings.data)}: has {stats['epoch_tokens']} tokens in {stats['rows']} rows, expected at least "
+                f"one global batch ({needed} tokens); add data or lower train.global_batch_tokens"
+            )
+        say(
+            f"data: {stats['rows']} rows, {stats['tokens']:,} tokens, {stats['in_loss']:,} in the loss; "
+            f"{stats['held_out_rows']} rows held out; {stats['fill']:.1%} of the slots used"
         )
-    in_loss = sum(label != -100 for labels in data.train["labels"] for label in labels)
-    say(
-        f"data: {len(data.train)} rows, {data.tokens:,} tokens, {in_loss:,} in the loss; {len(data.held_out)} rows held out"
-    )
-    say(
-        "the first rows as the model sees them"
-        + (" (dim: not in the loss)" if sys.stderr.isatty() else " ([[...]]: not in the loss)")
-    )
-    say(shown_rows(data.train, tokenizer, color=sys.stderr.isatty()))
-    require_space(run.folder, 64 * 2**20, "the run")
-    try:
-        (run.folder / "data").mkdir(parents=True, exist_ok=True)
-        for name, rows in (("train", data.train), ("held_out", data.held_out)):
-            micro_batches = packed(rows, settings.micro_batch_tokens, settings.train.seed)
-            # One file, also where nothing is held out: datasets would write none, and could not read that back.
-            micro_batches.save_to_disk(str(run.folder / "data" / name), num_shards=1)
-        write_json(run.manifest, manifest(settings, prepared, machine, world_size, data.form))
-        write_text(run.config, settings.to_yaml())  # last: its presence makes the folder a run
-    except BaseException:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        raise
+        say(
+            "the first rows as the model sees them"
+            + (" (dim: not in the loss)" if sys.stderr.isatty() else " ([[...]]: not in the loss)")
+        )
+        say(shown_rows(data.first(3), tokenizer, color=sys.stderr.isatty()))
+        require_space(run.folder, 64 * 2**20, "the run")
+        try:
+            data.link_into(run.folder / "data")
+            write_json(
+                run.manifest, manifest(settings, prepared, machine, world_size, data.form, data.hashes)
+            )
+            write_text(run.config, settings.to_yaml())  # last: its presence makes the folder a run
+        except BaseException:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise
 
 
-def _forget_undone(run: Run, step: int) -> None:
-    """Steps after the checkpoint that training goes on from are done again: their old lines go, and lines cut short."""
-    for path in (run.metrics, run.events):
-        if path.exists():
-            kept = [line for line in read_jsonl(path) if path == run.events or line["step"] <= step]
-            write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-
-def command(run: Run, plan: Plan, resume: Path | None, on_gpu: bool) -> list[str]:
+def command(run: Run, plan: Plan, resume: Path | None, on_gpu: bool, restarts: int = 0) -> list[str]:
     """accelerate launch on GPUs, torchrun on CPUs (accelerate starts several CPU processes through MPI only)."""
     if on_gpu:
         launcher = [
@@ -146,27 +166,35 @@ def command(run: Run, plan: Plan, resume: Path | None, on_gpu: bool) -> list[str
             str(ACCELERATE_CONFIG),
             "--num_processes",
             str(plan.world_size),
+            "--max_restarts",
+            str(restarts),
         ]
     else:
         # By its own name a host may not find itself: a container without network has no name server.
         launcher = ["torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-        launcher += ["--nproc_per_node", str(plan.world_size)]
+        launcher += ["--nproc_per_node", str(plan.world_size), "--max-restarts", str(restarts)]
     placement = json.dumps(dataclasses.asdict(plan.placement))
     arguments = [str(run.folder), "--placement", placement, *(["--resume", str(resume)] if resume else [])]
     return [sys.executable, "-m", *launcher, "-m", WORKER, *arguments]
 
 
-def _environment(world_size: int) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0))
+# One order of adding up between GPUs, and in cuBLAS a workspace of its own for each stream.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+
+
+def _environment(world_size: int, deterministic: bool = False) -> dict[str, str]:
     paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
     return {
-        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        "OMP_NUM_THREADS": str(threads_per_rank(world_size)),
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         # Collectives that each rank remembers for the day that one hangs (a ring: 2 MB).
         "TORCH_FR_BUFFER_SIZE": "2000",
+        # Else ranks that start again find the addresses of those before them (pytorch issue 135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **(DETERMINISTIC if deterministic else {}),
         **hostenv.read(),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -185,24 +213,27 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
     started = len(read_jsonl(run.events))
     log_start = run.log.stat().st_size if run.log.exists() else 0
     guard.prepare(run)
+    keep_room(run)
     with open(run.log, "ab") as log:
         process = subprocess.Popen(
-            command(run, plan, resume, torch.cuda.is_available()),
+            command(run, plan, resume, torch.cuda.is_available(), settings.train.restarts),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(plan.world_size),
+            env=_environment(plan.world_size, settings.train.deterministic),
             start_new_session=True,
             pass_fds=(lock,),  # where this process is killed alone, the ranks go on, and the run stays locked
         )
     say(f"starting {plan.world_size} ranks (log: {run.log})")
     told: set[int] = set()
-    watching = Guard(run, process, log_start)
+    watching = Guard(run, process, log_start, settings.train.restarts)
     try:
         with Progress(run, settings.train.log_every) as progress:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 progress.update()
+                if watching.restarts_left and any(e["cause"] not in PASSING for e in progress.errors):
+                    watching.kill()  # it would end so again
                 if verdict := watching.look():
                     if run.finished:  # only the way out hangs
                         watching.kill()
@@ -213,7 +244,7 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
                 elif stops:
                     if not told:
                         progress.line(
-                            "stopping after this step, with a checkpoint (again: stop at once, unsaved)"
+                            "stopping, with a checkpoint of the last step (again: at once, unsaved)"
                         )
                         told.add(process.pid)
                     _signal_workers(process, stops[0], told)
@@ -222,7 +253,10 @@ def _supervise(run: Run, settings: Settings, plan: Plan, resume: Path | None, lo
         watching.kill()  # also ranks whose launcher has died
         for number, handler in previous.items():
             signal.signal(number, handler)
-    _judge(run, read_jsonl(run.events)[started:], stops, watching, process.returncode)
+    events = read_jsonl(run.events)[started:]
+    # What was before the last restart is told and over.
+    over = max((number for number, event in enumerate(events, 1) if event["kind"] == "restarted"), default=0)
+    _judge(run, events[over:], stops, watching, process.returncode)
 
 
 def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], watching: Guard, code: int) -> None:
@@ -241,6 +275,8 @@ def _judge(run: Run, events: list[dict[str, Any]], stops: list[int], watching: G
     if stops:
         raise _stopped(run, kinds, stops)
     text = f"training ended without a result (launcher's exit code {code}); see {run.log}"
+    if shutil.disk_usage(run.folder).free < FULL_BYTES:
+        text += f"; the disk is full there, free some space, then go on with RUN={run.name}"
     run.event("error", text, cause="rank_died", exit_code=1)
     raise Refused(text)
 
@@ -255,16 +291,9 @@ def _stopped(run: Run, kinds: set[str], stops: list[int]) -> Stopped:
 
 def _raise_if_killed(run: Run, watching: Guard) -> None:
     """Where the launcher saw a rank end by a signal first, the others' complaints about lost connections say nothing."""
-    code, rank = _failed_rank(run, watching.log_start) or (0, 0)
+    code, rank = watching.failed_rank() or (0, 0)
     if code < 0 and not watching.has_reported(rank):
         raise watching.end(watching.died(rank, f"was killed by {signal.Signals(-code).name}", -code))
-
-
-def _failed_rank(run: Run, log_start: int) -> tuple[int, int] | None:
-    """Exit code and rank of the first one that the launcher saw fail."""
-    log = run.log.read_bytes()[log_start:].decode(errors="replace")
-    found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log)
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def _raise(error: dict[str, Any], run: Run) -> None:
@@ -294,6 +323,7 @@ class Progress:
     def __init__(self, run: Run, log_every: int):
         self.log_every = log_every
         self.events, self.metrics = Tail(run.events), Tail(run.metrics)
+        self.errors: list[dict[str, Any]] = []
         self.events.read()  # those of earlier starts were told then
         done = self.metrics.read()
         self.recent = deque((line["step_seconds"] for line in done), maxlen=20)
@@ -316,11 +346,15 @@ class Progress:
         for event in self.events.read():
             if event["kind"] == "begun":
                 self.total = self.bar.total = event["steps"]
-            if event["kind"] != "error":
+            if event["kind"] == "restarted":
+                self.errors.clear()
+            if event["kind"] == "error":
+                self.errors.append(event)
+            else:
                 self.line(event["message"])
         for line in self.metrics.read():
             self.recent.append(line["step_seconds"])
-            self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s")
+            self.bar.set_postfix_str(f"{loss_of(line)}, {line['tokens_per_second']:.0f} tokens/s")
             self.bar.update(line["step"] - self.bar.n)
             if self.bar.disable and line["step"] % self.log_every == 0:
                 self.line(self._summary(line))
@@ -330,11 +364,15 @@ class Progress:
         if self.total:
             of = f"/{self.total}"
             left = f", {clock((self.total - line['step']) * sum(self.recent) / len(self.recent))} left"
-        return f"step {line['step']}{of}: loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s{left}"
+        return f"step {line['step']}{of}: {loss_of(line)}, {line['tokens_per_second']:.0f} tokens/s{left}"
 
     def line(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+
+def loss_of(line: dict[str, Any]) -> str:
+    return "no loss" if line["loss"] is None else f"loss {line['loss']:.3f}"
 
 
 def clock(seconds: float) -> str:

@@ -12,23 +12,31 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from recipe.data.sources import held_out_path
 from recipe.files import sha256_of
 from recipe.hardware import Machine
 from recipe.prepare import Prepared
 from recipe.settings import Settings
-from recipe.train.rows import DEMO, held_out_path
+from recipe.train.start import described, find
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "datasets", "safetensors")
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def manifest(
-    settings: Settings, prepared: Prepared, machine: Machine, world_size: int, form: dict[str, Any]
+    settings: Settings,
+    prepared: Prepared,
+    machine: Machine,
+    world_size: int,
+    form: dict[str, Any],
+    hashes: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """`form` is TokenData.form, how the training rows put a question."""
+    """`form` and `hashes` are those of recipe.data.prepare: how the training rows put a question; sha256 of each source."""
+    first, *others = hashes["train"]
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_commit": _git_commit(),
+        "sources_sha256": _sources_hash(),
         "lock_sha256": {
             path.name: sha256_of(path) for path in sorted(REPOSITORY.glob("requirements-*.lock"))
         },
@@ -41,15 +49,22 @@ def manifest(
         },
         "data": {
             "path": settings.data.path,
-            "sha256": _data_hash(settings.data.path, DEMO / "train.jsonl"),
+            # Of several sources one over all their hashes.
+            "sha256": first if not others else hashlib.sha256("".join(hashes["train"]).encode()).hexdigest(),
+            "sources": [
+                {"path": source.path, "weight": source.weight, "sha256": digest}
+                for source, digest in zip(settings.data.sources, hashes["train"], strict=False)
+            ],
             **form,
             "eval_path": held_out_path(settings.data),
-            "eval_sha256": _data_hash(held_out_path(settings.data), DEMO / "heldout.jsonl"),
+            "eval_sha256": next(iter(hashes["held_out"]), None),
         },
+        "start": described(find(settings)),
         "world_size": world_size,
         "gpus": [gpu.name for gpu in machine.gpus],
         "driver": machine.gpus[0].driver_version if machine.gpus else None,
         "cpu": machine.cpu_model,
+        "threads": threads_per_rank(world_size),
         "kernel": machine.kernel,
         "python": sys.version.split()[0],
         "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -57,12 +72,18 @@ def manifest(
     }
 
 
-def _data_hash(path: str | None, demo_file: Path) -> str | None:
-    """sha256 of the file; of the name where the data comes from the hub (its revision is in the config)."""
-    if path is None:
-        return None
-    file = demo_file if path == "demo" else Path(path)
-    return sha256_of(file) if file.is_file() else hashlib.sha256(path.encode()).hexdigest()
+def threads_per_rank(world_size: int) -> int:
+    """How many the ranks compute with on CPUs, unless the environment says otherwise: their sums depend on it."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // world_size))
+
+
+def _sources_hash() -> str:
+    """Of the package's Python files as they are: a checkout may have changes that no commit names."""
+    package = Path(__file__).parent.parent
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(f"{path.relative_to(package)} {sha256_of(path)}\n".encode())
+    return found.hexdigest()
 
 
 def _git_commit() -> str | None:

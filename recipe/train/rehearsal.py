@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
+from recipe.data.pack import MicroBatches
 from recipe.engine.engine import Batch
 from recipe.errors import Refused
 from recipe.files import require_space
@@ -23,6 +24,7 @@ from recipe.train import checkpoint
 from recipe.train.alarms import NotFinite
 from recipe.train.pulse import Pulse
 from recipe.train.run import Run
+from recipe.train.saver import Place
 from recipe.train.trainer import ShardedSFTTrainer
 
 GIB = 2**30
@@ -34,12 +36,12 @@ def rehearse(trainer: ShardedSFTTrainer, run: Run, pulse: Pulse, keep_checkpoint
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    row = worst_row(trainer.train_dataset["seq_lengths"])
+    row = worst_row(trainer.train_dataset)
     with untouched(trainer):
         optimizer = trainer.adamw()
         _step(trainer, optimizer, row)
         if len(trainer.eval_dataset):
-            _evaluate(trainer, worst_row(trainer.eval_dataset["seq_lengths"]))
+            _evaluate(trainer, worst_row(trainer.eval_dataset))
         size = _save_and_reload(trainer, optimizer, run, pulse)
         # The one that is written stands beside those that are kept.
         require_space(run.folder, size * (keep_checkpoints + 1), f"{keep_checkpoints + 1} checkpoints")
@@ -60,9 +62,9 @@ def rehearse(trainer: ShardedSFTTrainer, run: Run, pulse: Pulse, keep_checkpoint
         )
 
 
-def worst_row(lengths: list[list[int]]) -> int:
+def worst_row(rows: MicroBatches) -> int:
     """The packed row with most tokens; of several the one with the longest document, whose attention costs most."""
-    return max(range(len(lengths)), key=lambda i: (sum(lengths[i]), max(lengths[i]), -i))
+    return int(np.lexsort((-rows.longest(), -rows.tokens()))[0])
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def _step(trainer: ShardedSFTTrainer, optimizer: torch.optim.Optimizer, row: int
 def _evaluate(trainer: ShardedSFTTrainer, row: int) -> None:
     batch = Batch.of(trainer.data_collator([trainer.eval_dataset[row]]), trainer.engine.adapters.device)
     with torch.no_grad():
-        trainer.engine.loss(batch, training=False).item()
+        trainer.held_out(batch)
 
 
 def _save_and_reload(
@@ -118,15 +120,13 @@ def _save_and_reload(
         key: state[key].clone() for key in checkpoint.MOMENTS
     }
     try:
-        try:
-            checkpoint.save(
-                folder, trainer.model, adapters, optimizer, {"step": 0}, "{}", pulse.mark, pulse.mark_alone
-            )
-        except (OSError, SafetensorError) as error:
+        trainer.saver.begin(folder, optimizer, Place.here(0, {}), "{}", pulse.mark)
+        trainer.saver.wait(pulse.mark)
+        if trainer.saver.failure:
             raise Refused(
-                f"{folder.parent}: a checkpoint cannot be written ({error}); free some space there, or begin anew on another "
-                "disk with --set paths.runs="
-            ) from None
+                f"{folder.parent}: a checkpoint cannot be written ({trainer.saver.failure}); free some space there, or begin "
+                "anew on another disk with --set paths.runs="
+            )
         pulse.mark("read the checkpoint back")
         adapters.masters.zero_()
         checkpoint.load_parameters(folder, trainer.model)

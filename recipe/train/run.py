@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
+import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +57,11 @@ class Run:
         return self.folder / "summary.json"
 
     @property
+    def plan(self) -> Path:
+        """What was foreseen when the training last began, as `recipe plan --json` says it."""
+        return self.folder / "plan.json"
+
+    @property
     def adapters(self) -> Path:
         return self.folder / "adapters"
 
@@ -85,10 +94,44 @@ class Run:
             yield file.fileno()
 
 
+_held_back: dict[Path, bytes] = {}
+_appending = threading.Lock()
+BALLAST_BYTES = 2**16  # some hundred lines
+
+
+def keep_room(run: Run) -> None:
+    """A file that is given up where the disk is full, so that a run can still say so."""
+    with contextlib.suppress(OSError):
+        _ballast(run.events).write_bytes(os.urandom(BALLAST_BYTES))
+
+
+def _ballast(path: Path) -> Path:
+    return path.with_name(".ballast")
+
+
 def append_json(path: Path, value: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        file.flush()
+    """One more line. Where the disk is full it is held back until there is room: a training goes on meanwhile."""
+    with _appending:
+        lines = _held_back.pop(path, b"") + json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        if _append(path, lines):
+            return
+        _ballast(path).unlink(missing_ok=True)
+        if not _append(path, lines):
+            _held_back[path] = lines
+
+
+def _append(path: Path, lines: bytes) -> bool:
+    """Whole or not at all; False where the disk is full."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            if file.write(lines) == len(lines):
+                return True
+            file.truncate(before)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    return False
 
 
 def new_name(settings: Settings) -> str:
@@ -141,9 +184,28 @@ def begin_or_continue(settings: Settings, name: str | None) -> tuple[Run, bool]:
     return run, True
 
 
-# Where a layer lies and what is computed twice changes no result, nor does a rehearsal: an unfinished run may go on
+# Where a layer lies and what is computed twice changes no result, nor does a rehearsal, what is kept, what is done when
+# something breaks, who is told, or what `eval` will ask; another number of ranks changes its rounding. An unfinished run may go on
 # otherwise.
-WITHOUT_EFFECT = ("compute.offload_layers", "compute.keep_layers", "train.rehearsal")
+WITHOUT_EFFECT = (
+    "compute.offload_layers",
+    "compute.keep_layers",
+    "compute.processes",
+    "train.rehearsal",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.on_save_error",
+    "train.on_nan",
+    "train.restarts",
+    "eval.prompts",
+    "eval.tasks",
+    "eval.task_rows",
+    "track.tensorboard",
+    "track.wandb",
+    "track.mlflow",
+    "track.prometheus",
+)
 
 
 # What a plan has decided for a run stays so, whatever it would decide today.
@@ -177,6 +239,8 @@ class Tail:
         if not self.path.exists():
             return []
         with open(self.path, "rb") as file:
+            # What is done again after a restart was taken out.
+            self.position = min(self.position, os.fstat(file.fileno()).st_size)
             file.seek(self.position)
             lines, newline, _ = file.read().rpartition(b"\n")
         self.position += len(lines) + len(newline)

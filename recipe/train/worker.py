@@ -8,8 +8,11 @@ Everything about the run stands in its folder: config.yaml and the tokenised row
 from __future__ import annotations
 
 import gc
+import sys
 
 gc.disable()  # what is imported stays: to look for garbage among it would be a sixth of a rank's start
+# transformers and TRL import it wherever it is installed, another seventh; recipe.train.trackers takes it back.
+sys.modules["wandb"] = None  # type: ignore[assignment]
 
 import argparse
 import json
@@ -17,20 +20,29 @@ import math
 import os
 import re
 import socket
-import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from transformers import set_seed
 
+from recipe.data.encode import load_tokenizer
+from recipe.data.pack import MicroBatches, PackedCollator
 from recipe.engine.build import Build
-from recipe.engine.devices import attention_kind, compute_device, compute_dtype, set_accumulation
+from recipe.engine.devices import (
+    attention_kind,
+    compute_device,
+    compute_dtype,
+    set_accumulation,
+    set_deterministic,
+)
 from recipe.engine.load import load_sharded
+from recipe.engine.lora import Adapters
 from recipe.errors import Refused, UserError
 from recipe.files import read_json, write_json
 from recipe.plan.budget import GPU_SPARE_GIB
@@ -39,13 +51,18 @@ from recipe.plan.parts import GIB
 from recipe.plan.placement import Placement
 from recipe.plan.shapes import ModelShape, shape_of
 from recipe.settings import Settings
-from recipe.train.alarms import HostWatch, NotFinite
-from recipe.train.data import PackedCollator, load_tokenizer
+from recipe.train import checkpoint, start
+from recipe.train.alarms import HostWatch, NotFinite, SaveFailed
+from recipe.train.dpo import ShardedDPOTrainer
+from recipe.train.heldout import EarlyStop, perplexity
 from recipe.train.pulse import Pulse
 from recipe.train.rehearsal import rehearse
+from recipe.train.resume import resume_point
 from recipe.train.run import Run, read_jsonl
+from recipe.train.stopping import Stopper
+from recipe.train.trackers import trackers
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
-from recipe.train.watch import StopRequest, Watch
+from recipe.train.watch import Watch
 
 gc.freeze()
 gc.enable()
@@ -65,15 +82,20 @@ def main() -> int:
     run = Run(arguments.run)
     pulse = Pulse(run, _rank())
     pulse.start()
+    ending = ExitStack()
+    stopper = Stopper(run, pulse, ending)
+    stopper.install()
     code = 1
     try:
-        train(run, Placement(**arguments.placement), arguments.resume, pulse)
+        train(run, Placement(**arguments.placement), arguments.resume, pulse, stopper, ending)
         code = 0
     except BaseException as error:
+        stopper.let_end()
         code = _report(error, run, Placement(**arguments.placement), pulse)
     finally:
         pulse.enter("end")
         pulse.ended = code  # now already: the way out may hang
+        ending.close()
         pulse.mark("leave the process group")
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,19 +141,25 @@ def _cause(error: UserError | Refused) -> str:
         return "request"
     if isinstance(error, NotFinite):
         return "nan_loss"
+    if isinstance(error, SaveFailed):
+        return "save_failed"
     return "out_of_host_memory" if str(error).startswith("host RAM") else "unexpected"
 
 
-def train(run: Run, placement: Placement, resume: Path | None, pulse: Pulse) -> None:
-    stop = StopRequest()
-    stop.install()
+def train(
+    run: Run, placement: Placement, resume: Path | None, pulse: Pulse, stopper: Stopper, ending: ExitStack
+) -> None:
+    """`ending` gets what has to be closed however this ends."""
     started = time.perf_counter()
     settings = run.settings()
     pulse.enter("load")
     pulse.mark("join the process group")
     device = join_process_group()
     pulse.follow(device)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resume = resume_after_restart(run)
     set_seed(settings.train.seed)
+    set_deterministic(settings.train.deterministic)
     dtype = compute_dtype(settings)
     kind = attention_kind(settings, dtype)
     model_folder = Path(read_json(run.manifest)["model"]["folder"])
@@ -146,29 +174,38 @@ def train(run: Run, placement: Placement, resume: Path | None, pulse: Pulse) -> 
         placement=placement,
         max_tokens=settings.micro_batch_tokens,
         kernels=settings.compute.kernels,
+        neftune_alpha=settings.train.neftune_alpha,
         mark=pulse.mark,
     )
     model = load_sharded(model_folder, build, settings.train.seed)
+    pulse.mark("load the adapters to start with")
+    start_with(run, model.engine.adapters, settings)
     pulse.mark("load tokenizer and rows")
     tokenizer = load_tokenizer(model_folder, settings.data)
-    train_rows, held_out = (
-        Dataset.load_from_disk(str(run.folder / "data" / name)) for name in ("train", "held_out")
-    )
+    train_rows, held_out = (MicroBatches.open(run.folder / "data", name) for name in ("train", "held_out"))
     pulse.mark("make the trainer")
-    watch = Watch(run, stop, settings.train, pulse)
-    trainer = ShardedSFTTrainer(
+    watch = Watch(run, stopper, settings.train, pulse)
+    told = trackers(settings, run, watch) if dist.get_rank() == 0 else []
+    for tracker in told:
+        ending.callback(tracker.close)
+    early = EarlyStop(run, settings.train.early_stopping) if settings.train.early_stopping else None
+    dpo = settings.train.method == "dpo"
+    trainer = (ShardedDPOTrainer if dpo else ShardedSFTTrainer)(
         model=model,
         args=training_arguments(settings, run, dist.get_world_size(), evaluates=len(held_out) > 0),
         data_collator=PackedCollator(),
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[watch],
+        callbacks=[watch, *([early] if early else []), *told],
         run=run,
         keep_checkpoints=settings.train.keep_checkpoints,
         pulse=pulse,
+        stopper=stopper,
+        **({"beta": settings.train.dpo_beta} if dpo else {}),
     )
     watch.trainer = trainer
+    stopper.arm(trainer, checkpoint.read_state(resume)["step"] if resume else 0)
     first = dist.get_rank() == 0
     if first:
         run.event(
@@ -187,31 +224,67 @@ def train(run: Run, placement: Placement, resume: Path | None, pulse: Pulse) -> 
     # Each run of the same seed draws the same dropout, whether or not it evaluated before.
     set_seed(settings.train.seed + dist.get_rank())
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if trainer.state.global_step < trainer.state.max_steps:  # on all ranks alike, unlike stop.signal
-        if first:
-            run.event(
-                "stopped",
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}",
-                step=trainer.state.global_step,
-            )
-        return
-    if not run.checkpoint(trainer.state.global_step).exists():
+    trainer.saver.wait(pulse.mark)
+    if stopper.place is not None and not run.checkpoint(trainer.state.global_step).exists():
         trainer._save_checkpoint(trainer.model, None)
-    held_out_loss = trainer.evaluate()["eval_loss"] if len(held_out) else None
+        trainer.saver.wait(pulse.mark)
+    if trainer.saver.failure:
+        raise SaveFailed(
+            f"training is done, but its last checkpoint could not be written: {trainer.saver.failure}; free some space "
+            "there, and the same command goes on from the checkpoint before"
+        )
+    measured = trainer.evaluate() if len(held_out) else {}
+    held_out_loss = measured.get("eval_chosen_loss", measured.get("eval_loss"))
     if first:
-        losses = [line["loss"] for line in read_jsonl(run.metrics)]
+        stopper.hold()  # for good: from here on the run is finished, not stopped
+        lines = read_jsonl(run.metrics)
+        losses = [line["loss"] for line in lines if line["loss"] is not None]
+        ended = run.checkpoint(trainer.state.global_step)
         write_json(
             run.summary,
             {
                 "steps": trainer.state.global_step,
                 # The trainer's own mean forgets the steps before a resume.
                 "train_loss": sum(losses) / len(losses),
+                "skipped_steps": sum(line.get("skipped", False) for line in lines),
+                # Per token, of answers that are to be given: what the export compares, whatever was trained.
                 "held_out_loss": held_out_loss,
-                "checkpoint": run.checkpoint(trainer.state.global_step).name,
+                "held_out_perplexity": None if held_out_loss is None else perplexity(held_out_loss),
+                **(_preference(measured) if dpo else {}),
+                "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+                "checkpoint": ended.name,
+                "adapters_sha256": checkpoint.read_state(ended)["sha256"][checkpoint.ADAPTERS],
                 "compute_dtype": str(dtype).removeprefix("torch."),
             },
         )
         run.event("finished", f"finished {trainer.state.global_step} steps", step=trainer.state.global_step)
+
+
+def start_with(run: Run, adapters: Adapters, settings: Settings) -> None:
+    """The adapters of `lora.start`, which DPO measures the trained ones by. A resume then loads its own over them."""
+    if settings.lora.start is not None:
+        start.load(read_json(run.manifest)["start"], adapters)
+        if settings.train.method == "dpo":
+            adapters.freeze()
+
+
+def _preference(measured: dict[str, float]) -> dict[str, float | None]:
+    """DPO's own numbers on the held-out pairs: its loss, and the share of pairs told apart rightly."""
+    return {
+        "held_out_dpo_loss": measured.get("eval_loss"),
+        "held_out_dpo_accuracy": measured.get("eval_accuracy"),
+    }
+
+
+def resume_after_restart(run: Run) -> Path | None:
+    """Where all ranks go on after one of them has failed (a collective)."""
+    found: list[Any] = [None, []]
+    if dist.get_rank() == 0:
+        found = list(resume_point(run))
+        for note in found[1]:
+            run.event("warning", note, cause="checkpoint_damaged")
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def out_of_memory(error: Exception, settings: Settings, placement: Placement, shape: ModelShape) -> str:

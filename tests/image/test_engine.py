@@ -227,7 +227,17 @@ def test_a_runtime_that_is_none_is_refused(checkout, docker, environment, target
 def test_on_the_host_docker_is_not_asked(checkout, docker, environment):
     finish(checkout)
     make(checkout, environment(), "plan", "RUNTIME=host")
+    make(checkout, environment(), "report", "RUN=x", "ARGS=--watch")  # a page that is served
     assert docker.calls() == []
+
+
+def test_compare_gets_each_run_as_a_word_of_its_own(checkout, docker, environment):
+    docker.set(images=good(checkout, "cpu"), runs=[[0, ""]])
+    make(checkout, environment(), "compare", "RUN=one two `touch injected` *", "ARGS=--json")
+    (run,) = docker.runs()
+    given = run["argv"][run["argv"].index("export-cpu") + 1 :]
+    assert given == ["compare", "one", "two", "`touch", "injected`", "*", "--json"]
+    assert not (checkout / "injected").exists()
 
 
 @pytest.mark.parametrize("runtime", ["auto", "docker"])

@@ -113,6 +113,15 @@ def test_what_the_config_names_outside_the_checkout(places, text, expected):
     assert (places / "out/new/runs").is_dir() == ("new" in text)
 
 
+def test_what_the_config_of_a_run_names_is_mounted_where_it_is_trained_again(places, monkeypatch):
+    monkeypatch.chdir(places / "checkout")
+    run = places / "checkout" / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"data:\n  path: {places}/out/rows.jsonl\n")
+    assert outside(places, "reproduce", "--run", "first") == [("OUT/rows.jsonl", False)]
+    assert outside(places, "eval", "--run", "first") == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -146,10 +155,13 @@ def test_runs_elsewhere_in_the_checkout_can_be_written(places):
         (["--figure", "OUT/chart.svg"], [("OUT", True)]),
         (["--figure", "runs/chart.svg"], []),
         (["--bundle", "OUT/report.tar.gz"], [("OUT", True)]),
+        (["report", "--output", "OUT/page.html"], [("OUT", True)]),  # a file; bench's is a folder
+        (["compare", "one", "two", "--output=OUT/page.html"], [("OUT", True)]),
+        (["report", "--output", "runs/page.html"], []),
         (["--checkpoint", "OUT/models"], [("OUT/models", True)]),
     ],
 )
-def test_what_bench_writes(places, arguments, expected):
+def test_what_bench_and_reports_write(places, arguments, expected):
     root = str(places / "checkout")
     assert [(path.replace(root, "ROOT"), w) for path, w in outside(places, *arguments)] == expected
 
@@ -315,8 +327,11 @@ def options_and_service(call):
         ("export", "export"),
         ("chat", "chat"),
         ("eval", "export"),
+        ("reproduce", "train"),
         ("doctor", "export"),
         ("plan", "export"),
+        ("report", "export"),
+        ("compare", "export"),
         ("bench", "export"),
     ],
 )
@@ -329,6 +344,14 @@ def test_each_command_runs_in_the_service_that_has_no_more_rights_than_it_needs(
     assert name == service + ("-cpu" if flavour == "cpu" else "")
     assert words == [command, "--json"]
     assert {"run", "--rm", "--no-deps"} <= set(before)
+
+
+def test_a_page_that_is_served_is_not_served_in_a_container(start):
+    assert start("report", "--run", "x", "--watch") == (
+        2,
+        "runtime: --watch serves a page, and the container has no network: use RUNTIME=host\n",
+        [],
+    )
 
 
 def test_only_prepare_and_preflight_are_more_than_export(checkout):

@@ -25,7 +25,9 @@ def test_the_record_spans_what_the_plan_promises():
 def test_the_plan_is_as_near_as_it_promises(row):
     off = planned.deviations(row)
     assert abs(off["vram_gib"]) <= planned.MEMORY, off
-    assert abs(off["host_gib"]) <= planned.MEMORY, off
+    # Of two ranks it was measured when each gathered a checkpoint whole.
+    assert ("host_gib" in off) == (row["ranks"] == 1)
+    assert abs(off.get("host_gib", 0.0)) <= planned.MEMORY, off
     assert abs(off["step_seconds"]) <= planned.TIME, off
 
 

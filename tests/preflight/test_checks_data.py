@@ -117,11 +117,11 @@ def test_what_is_broken_is_found(check, broken, status, found, remedy, tmp_path,
 @pytest.mark.parametrize(
     ("content", "status", "part"),
     [
-        (b'{"text": "a"}\n', "ok", "JSON object"),
-        (b'\n\n{"text": "a"}\nnot looked at', "ok", "JSON object"),
-        (b"", "fail", "is empty"),
+        (b'{"text": "a"}\n', "ok", "begins with a good row"),
+        (b'\n\n{"text": "a"}\nnot looked at', "ok", "begins with a good row"),
+        (b"", "fail", "has no rows"),
         (b"{text: a}\n", "fail", ":1: not valid JSON"),
-        (b"[1]\n", "fail", "is no JSON object"),
+        (b"[1]\n", "fail", ":1: is list, expected a JSON object"),
         (b"\xff\xfe", "fail", "not UTF-8"),
     ],
 )

@@ -39,7 +39,7 @@ def preflight(folder: Path, *arguments: str, **environment: str) -> tuple[dict[s
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "recipe", "preflight", "--config", str(config), "--json", *arguments],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True,
+        cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from recipe.preflight import health, inputs, program
-from recipe.preflight.reading import hashes
+from recipe.preflight.reading import hashes, main
 from recipe.prepare import RECORD
 from recipe.settings import from_dict
+from tests.models import tiny_tokenizer
 from tests.preflight.situation import context
 
 
@@ -158,3 +159,22 @@ def test_a_load_that_is_broken_off_leaves_no_reader(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _ = made.load
     assert begun[0].process.wait(10) == -9
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "longest"),
+    [
+        ({"prompt": "hello", "chosen": " yes", "rejected": " no" * 9}, {"train": {"method": "dpo"}}, 12),
+        ({"text": "hello world " * 90}, {"data": {"max_length": 64, "overlong": "split"}}, 64),
+    ],
+)
+def test_rows_are_measured_as_training_has_them(row, options, longest, tmp_path, capsys):
+    """A pair by its longer answer, a long text by its pieces."""
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    settings = options | {"data": {**options.get("data", {}), "path": str(tmp_path / "rows.jsonl")}}
+    main({"settings": settings, "prepared": str(tmp_path / "model"), "hash_seconds": 1})
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (lengths,) = (line["lengths"] for line in said if "lengths" in line)
+    assert (lengths["longest"], lengths["over"]) == (longest, 0), said

@@ -15,10 +15,11 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from recipe.cli import main
+from recipe.data.encode import IGNORED
+from recipe.data.pack import MicroBatches, WholeBatches
 from recipe.engine.build import initial_lora, peft_config
 from recipe.export.plain import load_plain
 from recipe.files import read_json
-from recipe.train.data import IGNORED
 from recipe.train.run import Run, read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -79,7 +80,10 @@ def stock(run):
                 parameter.copy_(
                     initial_lora(name.removesuffix(".weight"), tuple(parameter.shape), settings.train.seed)
                 )
-    rows = Dataset.load_from_disk(str(run.folder / "data" / "train"))
+    packed = MicroBatches.open(run.folder / "data", "train")
+    # In the order that our trainer's own sampler gives; TRL shuffles no more.
+    rows = Dataset.from_list([packed[number] for number in WholeBatches(len(packed), 1, settings.train.seed)])
+    assert len(rows) >= STEPS
     set_seed(settings.train.seed)
     arguments = SFTConfig(
         output_dir=str(run.folder / "stock"),
@@ -92,7 +96,7 @@ def stock(run):
         max_grad_norm=settings.train.max_grad_norm,
         optim="adamw_torch_fused",
         seed=settings.train.seed,
-        data_seed=settings.train.seed,
+        train_sampling_strategy="sequential",
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,

@@ -20,27 +20,12 @@ import pytest
 from recipe.train import guard
 from recipe.train.pulse import read_beats
 from recipe.train.run import Run
+from tests.train.faults import put_fault
 from tests.train.tiny_run import family, jsonl, make_place, running, start_training, train
 
 pytestmark = pytest.mark.slow
 
 STEPS = 400
-# Runs `code` after the module `name` was imported, in whatever process has this folder on its path.
-HOOK = """
-import importlib.machinery, sys
-class After(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        spec = super().find_spec(name, path, target)
-        if name == NAME and spec is not None:
-            load = spec.loader.exec_module
-            def exec_module(module):
-                load(module)
-                exec(CODE, vars(module))
-            spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, After)
-"""
 # A rank that sleeps for ever within a layer; rehearsal, evaluation and the first steps are before.
 SLEEPS = """
 import os, time
@@ -80,13 +65,6 @@ VocabularyHead.loss = loss
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("guards"), STEPS, save_every=2, keep_checkpoints=500)
-
-
-def put_fault(folder, module, code):
-    """The environment in which a process that imports `module` runs `code` in it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(f"NAME, CODE = {module!r}, {code!r}\n{HOOK}")
-    return {"PYTHONPATH": str(folder)}
 
 
 def run_of(config, name):
@@ -284,9 +262,9 @@ def test_a_rehearsal_changes_no_byte_of_what_follows(killed, stopped):
 
 
 def _rows(run):
-    from datasets import Dataset
+    from recipe.data.pack import MicroBatches
 
-    return Dataset.load_from_disk(str(run.folder / "data" / "train"))["seq_lengths"]
+    return [row["seq_lengths"] for row in MicroBatches.open(run.folder / "data", "train")]
 
 
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(beside):

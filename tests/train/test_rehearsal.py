@@ -7,15 +7,17 @@ import random
 import numpy
 import pytest
 import torch
-from datasets import Dataset
 
+from recipe.data.encode import load_tokenizer
+from recipe.data.pack import PackedCollator
 from recipe.plan.placement import Placement
 from recipe.settings import from_dict
-from recipe.train.data import PackedCollator, load_tokenizer
 from recipe.train.pulse import Pulse
 from recipe.train.rehearsal import rehearse, worst_row
 from recipe.train.run import Run
+from recipe.train.stopping import Stopper
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
+from tests.data.preparing import micro_batches
 from tests.engine.steps import LAYERS, LORA, ROWS, packed_row, sharded_model
 from tests.models import run_ranks
 from tests.train.tiny_run import jsonl
@@ -24,9 +26,10 @@ RATE = 0.3
 
 
 def trainer_of(mesh, folder, run, kernels):
+    pulse = Pulse(run, mesh.get_local_rank())
     settings = from_dict({"train": {"steps": 2}})
     lora = dataclasses.replace(LORA, dropout=RATE)
-    rows = Dataset.from_list([packed_row(number) for number in range(len(ROWS))])
+    rows = micro_batches([packed_row(number) for number in range(len(ROWS))])
     return ShardedSFTTrainer(
         model=sharded_model(mesh, folder, Placement(LAYERS), kernels, lora),
         args=training_arguments(settings, run, mesh.size(), evaluates=True),
@@ -36,7 +39,8 @@ def trainer_of(mesh, folder, run, kernels):
         processing_class=load_tokenizer(folder, settings.data),
         run=run,
         keep_checkpoints=1,
-        pulse=Pulse(run, mesh.get_local_rank()),
+        pulse=pulse,
+        stopper=Stopper(run, pulse),
     )
 
 
@@ -83,7 +87,7 @@ def test_afterwards_all_is_as_it_was(nf4_model, tmp_path, kernels):
             assert same, name
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
     (event,) = jsonl(tmp_path / "events.jsonl")
-    longest = worst_row(ROWS)
+    longest = worst_row(micro_batches([packed_row(number) for number in range(len(ROWS))]))
     assert (event["kind"], event["tokens"]) == ("rehearsed", sum(ROWS[longest])) and ROWS[longest] == [
         5,
         17,
@@ -92,4 +96,8 @@ def test_afterwards_all_is_as_it_was(nf4_model, tmp_path, kernels):
 
 
 def test_the_worst_row_has_most_tokens_and_then_the_longest_document():
-    assert worst_row([[3, 3], [4, 2], [5], [2, 4]]) == 1
+    rows = [
+        {"input_ids": [1] * sum(lengths), "labels": [1] * sum(lengths), "seq_lengths": lengths}
+        for lengths in ([3, 3], [4, 2], [5], [2, 4])
+    ]
+    assert worst_row(micro_batches(rows)) == 1

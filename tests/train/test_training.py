@@ -1,6 +1,7 @@
 """Two real ranks: what a run leaves behind, and that it ends the same whatever happened on the way."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -17,13 +18,16 @@ from safetensors.torch import load_file
 
 from recipe.cli import main
 from recipe.errors import Refused
-from recipe.settings import load
+from recipe.settings import Lora, load
 from recipe.train import guard, launch
 from recipe.train.checkpoint import damaged_files
 from recipe.train.run import Run
 from tests.train.tiny_run import (
     NO_DROPOUT,
     PLAIN_STEPS,
+    WHOLE_STEPS,
+    checkpoint_names,
+    differing,
     end,
     family,
     flip_a_byte,
@@ -37,10 +41,11 @@ from tests.train.tiny_run import (
     wait_for,
     wait_for_step,
     wait_gone,
+    whole_run,
     words_below,
 )
 
-STEPS = 30
+STEPS = WHOLE_STEPS
 STATE_FILES = {
     "adapters.safetensors",
     "optimizer.safetensors",
@@ -63,12 +68,9 @@ METRICS = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """The folder of a config and of an undisturbed run with dropout, `whole`, which ended in `whole_end`."""
-    config = make_place(tmp_path_factory.mktemp("place"), STEPS)
-    whole = train(config, "whole")
-    assert whole[0] == 0, whole[2]
-    return config, whole
+def place():
+    """A config, and how its undisturbed run `whole` has ended."""
+    return whole_run()
 
 
 @pytest.fixture
@@ -85,29 +87,12 @@ def adapters(run, step=STEPS):
     return load_file(run / "checkpoints" / f"step-{step:06d}" / "adapters.safetensors")
 
 
-def same_bits(left, right):
-    """Names of the files of two checkpoints that differ."""
-    return [
-        name
-        for name in STATE_FILES - {"state.json", "trainer_state.json"}
-        if (left / name).read_bytes() != (right / name).read_bytes()
-    ]
-
-
-def checkpoint_names(run):
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
 def test_the_run_folder_is_as_promised(place, runs):
     config, _ = place
     run = runs / "whole"
     assert load(run / "config.yaml") == load(config)
-    assert set(yaml.safe_load((run / "config.yaml").read_text())["lora"]) == {
-        "rank",
-        "alpha",
-        "dropout",
-        "target_modules",
-    }, "fully resolved"
+    written = yaml.safe_load((run / "config.yaml").read_text())["lora"]
+    assert set(written) == {field.name for field in dataclasses.fields(Lora)}, "fully resolved"
     manifest = json.loads((run / "manifest.json").read_text())
     for key in (
         "git_commit",
@@ -192,6 +177,17 @@ def test_one_rank_and_two_ranks_train_alike(tmp_path):
     for name in left:
         torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=0)
 
+    # Two ranks go on from a checkpoint that one has written: the same rows in the same steps.
+    (one / "summary.json").unlink()
+    shutil.rmtree(one / "checkpoints" / f"step-{PLAIN_STEPS:06d}")
+    code, _, err = train(tmp_path / "config.yaml", "plain", *NO_DROPOUT)
+    assert code == 0, err
+    assert "step-000008 was written by 1 ranks, and 2 go on: the global batch and its rows stay" in err
+    lines[0] = jsonl(one / "metrics.jsonl")
+    assert [line["tokens"] for line in lines[0]] == [line["tokens"] for line in lines[1]]
+    assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]], abs=1e-4)
+    assert load(one / "config.yaml").compute.processes == "auto"
+
 
 def test_where_a_layer_lies_changes_no_byte(tmp_path):
     """Offloaded and computed again, dropout on, on two ranks: the same adapters as with everything here and kept."""
@@ -259,12 +255,12 @@ def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, r
         process.send_signal(number)
         ended, err = end(process)
         assert ended == code, (name, err)
-        assert "stopping after this step, with a checkpoint" in err
+        assert "stopping, with a checkpoint of the last step" in err
         assert running(members) == []
         last = checkpoint_names(run)[-1]
         assert err.splitlines()[-1] == f"stopped, saved up to {last}; go on with RUN=disturbed"
         assert len(jsonl(run / "metrics.jsonl")) == int(last.removeprefix("step-")) < STEPS
-        assert same_bits(run / "checkpoints" / last, whole / "checkpoints" / last) == [], name
+        assert differing(run / "checkpoints" / last, whole / "checkpoints" / last) == [], name
 
     process = start_training(config, "disturbed")
     wait_for_step(run, 13, process)
@@ -300,7 +296,7 @@ def test_stopped_killed_and_damaged_it_ends_as_if_nothing_had_happened(config, r
     assert f"{newest}: optimizer.safetensors is damaged; the checkpoint before it is used" in err
     assert f"run disturbed goes on from {before}" in err
     for name in checkpoint_names(whole):
-        assert same_bits(run / "checkpoints" / name, whole / "checkpoints" / name) == [], name
+        assert differing(run / "checkpoints" / name, whole / "checkpoints" / name) == [], name
     losses = [
         [(line["step"], line["loss"]) for line in jsonl(folder / "metrics.jsonl")] for folder in (run, whole)
     ]
@@ -428,4 +424,4 @@ def test_a_rank_that_hears_nothing_does_not_wait_for_a_dead_one(monkeypatch, tmp
         closing = closing or (time.monotonic() if guard.CLOSING.search(run.log.read_bytes()) else None)
         time.sleep(0.1)
     assert time.monotonic() - closing < 15
-    assert launch._failed_rank(run, 0) == (-9, 1)
+    assert watching.failed_rank() == (-9, 1)

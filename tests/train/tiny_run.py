@@ -97,6 +97,32 @@ def plain_run() -> Path:
     return root / "runs" / "plain"
 
 
+WHOLE_STEPS = 30
+
+
+@functools.cache
+def whole_run() -> tuple[Path, tuple[int, str, str]]:
+    """A config, and how the run `whole` of it has ended that nobody disturbed: two ranks, dropout, a checkpoint a step."""
+    root = Path(tempfile.mkdtemp(prefix="whole-run-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    config = make_place(root, WHOLE_STEPS)
+    ended = train(config, "whole")
+    assert ended[0] == 0, ended[2]
+    return config, ended
+
+
+TENSOR_FILES = ("adapters.safetensors", "optimizer.safetensors", "rng.safetensors")
+
+
+def differing(left: Path, right: Path) -> list[str]:
+    """Files of two checkpoints that are not the same bytes."""
+    return [name for name in TENSOR_FILES if (left / name).read_bytes() != (right / name).read_bytes()]
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def end(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and standard error of a training that ends now."""
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
