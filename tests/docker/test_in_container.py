@@ -293,6 +293,14 @@ def test_the_token_is_in_no_file_of_a_run(trained):
 # --- stopping -----------------------------------------------------------------------------------------------
 
 
+def wait_for_a_step(run):
+    """Before the first one is done there is nothing to save."""
+    limit = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_bytes():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("number", "to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
 )
@@ -315,6 +323,7 @@ def test_a_signal_saves_and_ends_the_container(prepared, number, to_all, code):
     for line in process.stderr:
         said.append(line)
         if line.startswith("training to step"):
+            wait_for_a_step(prepared / "runs" / name)
             (os.killpg if to_all else os.kill)(process.pid, number)
     assert process.wait(timeout=120) == code, "".join(said)
     assert f"go on with RUN={name}" in said[-1]
@@ -343,11 +352,12 @@ def test_ctrl_c_at_a_terminal(prepared):
         except OSError:
             break
         if b"training to step" in said and not pressed:
+            wait_for_a_step(prepared / "runs" / "terminal")
             pressed = True
             time.sleep(1)
             os.write(main, b"\x03")
     assert process.wait(timeout=120) == 130, said.decode(errors="replace")
-    assert b"stopping after this step, with a checkpoint" in said
+    assert b"stopping, with a checkpoint of the last step" in said
     assert b"go on with RUN=terminal" in said
     assert containers() == []
 
