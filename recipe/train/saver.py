@@ -119,7 +119,7 @@ class Saver:
                     self._copies[key].zero_()
                 else:
                     self._copies[key].copy_(value)
-            return held["step"].detach().cpu().reshape(1) if held else torch.zeros(1)
+            return held["step"].detach().cpu().clone().reshape(1) if held else torch.zeros(1)
 
     def _beside(self, place: Place) -> Any:
         if place.ready is None:
