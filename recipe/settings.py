@@ -75,6 +75,10 @@ class Lora:
     lr_ratio: float = option(
         1.0, "LoRA+: the learning rate of B is this many times that of A; 1 = the same", low=1.0, high=1024.0
     )
+    new_tokens: list[str] = option(
+        [],
+        "tokens whose rows of embedding and head are trained too: new ones, which take free rows, or untrained ones of a base model",
+    )
     start: str | None = option(
         None, "begin with these adapters: a PEFT folder, or the name of a run whose adapters were exported"
     )

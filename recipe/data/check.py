@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def of_tokens(
     """What a prepared model's tokenizer and embedding tell."""
     found = [_overlong(long, settings) for long in stats["overlong"]]
     if settings.data.chat_template:
-        found.append(untrained(tokenizer, model))
+        found.append(untrained(tokenizer, model, settings.lora.new_tokens))
     return [finding for finding in found if finding.count]
 
 
@@ -204,14 +204,15 @@ def _overlong(long: dict[str, Any], settings: Settings) -> Finding:
     return Finding("overlong", level, message, long["count"], [long["where"]])
 
 
-def untrained(tokenizer: PreTrainedTokenizerBase, model: Path) -> Finding:
-    """Tokens of the chat template whose embeddings look as if they were never trained (torchtune issue 2429)."""
+def untrained(tokenizer: PreTrainedTokenizerBase, model: Path, new_tokens: Sequence[str] = ()) -> Finding:
+    """Tokens of the chat template whose embeddings look as if they were never trained (torchtune issue 2429), nor will be."""
     finding = Finding(
         "untrained",
         "warning",
-        "chat tokens that the model has never trained: answers may not end; use an Instruct model or its own template",
+        "chat tokens that the model has never trained: answers may not end; use an Instruct model or its own template, or "
+        "name them in lora.new_tokens",
     )
-    tokens = chat_tokens(tokenizer.chat_template)
+    tokens = [token for token in chat_tokens(tokenizer.chat_template) if token not in new_tokens]
     known = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     for token in [token for token, number in known.items() if number in (None, tokenizer.unk_token_id)]:
         finding.seen(f"{token} is no token of this tokenizer")

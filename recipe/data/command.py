@@ -26,7 +26,7 @@ def data(what: str, settings: Settings, model: Path, rows: int, as_json: bool) -
     if rows < 1:
         raise UserError(f"--rows is {rows}, expected at least 1")
     there = (model / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(model, settings.data) if there else None
+    tokenizer = load_tokenizer(model, settings.data, settings.lora.new_tokens) if there else None
     if what == "check":
         return _check(settings, tokenizer, model, as_json)
     if tokenizer is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipe.data.chat import Span, conversation
+from recipe.data.new_tokens import add_new_tokens
 from recipe.data.rows import Row
 from recipe.errors import UserError
 from recipe.settings import Data
@@ -17,8 +19,8 @@ from recipe.settings import Data
 IGNORED = -100
 
 
-def load_tokenizer(folder: Path, data: Data) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights, with `data.chat_template` where that is set."""
+def load_tokenizer(folder: Path, data: Data, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights, with `data.chat_template` where that is set, and `lora.new_tokens`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if data.chat_template:
         tokenizer.chat_template = read_template(data)
@@ -26,6 +28,7 @@ def load_tokenizer(folder: Path, data: Data) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{folder}: the tokenizer has no EOS token, so answers could not end; expected `eos_token`"
         )
+    add_new_tokens(tokenizer, new_tokens, folder)
     return tokenizer
 
 
@@ -45,11 +48,15 @@ def chat_tokens(template: str | None) -> list[str]:
     return sorted(set(re.findall(r"<\|[^|<>\s]+\|>|\[/?[A-Z_]+\]", template or "")))
 
 
-def untrained_template_note(tokenizer: PreTrainedTokenizerBase) -> str:
-    tokens = chat_tokens(tokenizer.chat_template)
+def untrained_template_note(tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str] = ()) -> str | None:
+    """None where all of them are trained."""
+    found = chat_tokens(tokenizer.chat_template)
+    tokens = [token for token in found if token not in new_tokens]
+    if found and not tokens:
+        return None
     return (
         f"chat template from a file: a base model has never trained its chat tokens ({', '.join(tokens) or 'none found'});"
-        " LoRA does not train embeddings, so answers may not end cleanly (torchtune issue 2429)"
+        " LoRA does not train embeddings, so answers may not end cleanly (torchtune issue 2429); lora.new_tokens does"
     )
 
 

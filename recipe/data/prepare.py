@@ -135,7 +135,8 @@ def is_cached(settings: Settings, model: Path) -> bool:
     if not (cache_folder(settings).is_dir() and (model / "tokenizer.json").is_file()):
         return False
     hashes = [o.sha256() for o in [*training_origins(settings.data), *held_out_origins(settings.data)]]
-    key = _key(settings, load_tokenizer(model, settings.data), model, hashes)
+    tokenizer = load_tokenizer(model, settings.data, settings.lora.new_tokens)
+    key = _key(settings, tokenizer, model, hashes)
     return (cache_folder(settings) / key / META).is_file()
 
 
@@ -160,6 +161,8 @@ def _key(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Path, ha
         "template": tokenizer.chat_template,
         "tokenizer": [sha256_of(model / name) for name in TOKENIZER_FILES if (model / name).is_file()],
     }
+    if settings.lora.new_tokens:
+        parts["new_tokens"] = settings.lora.new_tokens
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -178,11 +181,13 @@ def _make(
     hashes: list[str],
 ) -> None:
     data = settings.data
-    notes = [untrained_template_note(tokenizer)] if data.chat_template else []
+    new_tokens = settings.lora.new_tokens
+    notes = [untrained_template_note(tokenizer, new_tokens)] if data.chat_template else []
+    notes = [note for note in notes if note]
     tallies: list[Tally] = []
     with (
         Writer(folder) as writer,
-        encoder(data, settings.train.method, tokenizer, model, [*origins, *held_out]) as encoded,
+        encoder(data, settings.train.method, tokenizer, model, [*origins, *held_out], new_tokens) as encoded,
     ):
         first = 0
         for origin in [*origins, *held_out]:

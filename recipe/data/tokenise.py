@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -72,7 +72,12 @@ Part = tuple[Encoded, Tally]
 
 @contextlib.contextmanager
 def encoder(
-    data: Data, method: str, tokenizer: PreTrainedTokenizerBase, model: Path, origins: list[Origin]
+    data: Data,
+    method: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Path,
+    origins: list[Origin],
+    new_tokens: Sequence[str] = (),
 ) -> Iterator[Callable[[Origin], Iterator[Part]]]:
     """A function that gives the encoded parts of an origin, in the order of its rows."""
     processes = len(os.sched_getaffinity(0))
@@ -86,7 +91,7 @@ def encoder(
             return
         context = get_context("forkserver")  # which imports once what all need
         context.set_forkserver_preload([__name__])
-        executor = ProcessPoolExecutor(processes, context, _start, (model, data, method))
+        executor = ProcessPoolExecutor(processes, context, _start, (model, data, method, new_tokens))
         try:
             yield lambda origin: _counted(bar, _in_order(executor, processes, origin))
         finally:
@@ -119,10 +124,10 @@ def _in_order(executor: ProcessPoolExecutor, processes: int, origin: Origin) -> 
 _here: dict[str, Any] = {}  # of a process that tokenises
 
 
-def _start(model: Path, data: Data, method: str) -> None:
+def _start(model: Path, data: Data, method: str, new_tokens: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     torch.set_num_threads(1)
-    _here.update(data=data, method=method, tokenizer=load_tokenizer(model, data))
+    _here.update(data=data, method=method, tokenizer=load_tokenizer(model, data, new_tokens))
 
 
 def _encoded_elsewhere(chunk: list[Raw], columns: dict[str, str]) -> Part:

@@ -30,6 +30,7 @@ from recipe.engine.nf4 import NF4Linear
 from recipe.engine.plain import PlainLayer
 from recipe.engine.rows import rows_of_rank
 from recipe.engine.streams import Streams
+from recipe.engine.tokens import EMBEDDING, token_indices
 from recipe.engine.weights import LayerStore
 from recipe.plan.placement import Placement, kept_bytes
 from recipe.plan.shapes import ModelShape
@@ -41,7 +42,8 @@ class Build:
     """How an engine is to be built.
 
     dtype: of the arithmetic; LoRA masters are fp32 and reduced in fp32. attention: `varlen` or `sdpa`. max_tokens: of
-    the longest micro-batch. kernels: `fused` or `plain`. mark: told what begins.
+    the longest micro-batch. kernels: `fused` or `plain`. token_ids: those whose rows are trained too. mark: told what
+    begins.
     """
 
     lora: Lora
@@ -53,6 +55,7 @@ class Build:
     max_tokens: int
     kernels: str = "fused"
     neftune_alpha: float = 0.0
+    token_ids: tuple[int, ...] = ()
     mark: Mark = unmarked
 
     @property
@@ -72,10 +75,10 @@ def make_engine(
     nested: whether the absmax constants are quantised too. Raises Refused where the host has too little memory.
     """
     lora, device, dtype, placement = build.lora, build.device, build.dtype, build.placement
-    model = skeleton(config, lora, dtype)
+    model = skeleton(config, lora, dtype, build.token_ids)
     core = model.get_base_model()
     streams = Streams(device)
-    adapters = Adapters(shape, lora, build.mesh, device, dtype)
+    adapters = Adapters(shape, lora, build.mesh, device, dtype, build.token_ids)
     layout = Layout.of(shape, build.world, nested)
     store = LayerStore(layout, adapters, device, placement.offloaded, streams)
     with torch.device(device):
@@ -118,6 +121,10 @@ def make_engine(
     for (layer, module, kind), parameter in adapters.parameters.items():
         place = core.model.layers[layer].get_submodule(MODULES[module])
         (place.lora_A if kind == "A" else place.lora_B)["default"].weight = parameter
+    if adapters.tokens is not None:
+        for name, rows in adapters.tokens.parameters.items():
+            wrapped = core.model.embed_tokens if name == EMBEDDING else core.lm_head
+            wrapped.token_adapter.trainable_tokens_delta["default"] = rows
     return model
 
 
@@ -128,7 +135,9 @@ def _window(attention: nn.Module) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
-def skeleton(config: PretrainedConfig, lora: Lora, dtype: torch.dtype) -> PeftModel:
+def skeleton(
+    config: PretrainedConfig, lora: Lora, dtype: torch.dtype, token_ids: tuple[int, ...] = ()
+) -> PeftModel:
     """The model on the meta device: NF4 linears in every decoder layer, LoRA around them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register())
@@ -142,14 +151,17 @@ def skeleton(config: PretrainedConfig, lora: Lora, dtype: torch.dtype) -> PeftMo
         model.tie_weights()
         model.requires_grad_(False)
         peft_model = get_peft_model(
-            model, peft_config(lora), low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            model,
+            peft_config(lora, token_ids, config.tie_word_embeddings),
+            low_cpu_mem_usage=True,
+            autocast_adapter_dtype=False,
         )
     # transformers' Trainer then leaves placement and gradient reduction alone (is_distributed_loading_by_transformers).
     model._is_distributed_loading_by_transformers = True
     return peft_model
 
 
-def peft_config(lora: Lora) -> LoraConfig:
+def peft_config(lora: Lora, token_ids: tuple[int, ...] = (), tied: bool = False) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -158,6 +170,7 @@ def peft_config(lora: Lora) -> LoraConfig:
         target_modules=list(lora.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
+        trainable_token_indices=token_indices(token_ids, tied),
     )
 
 

@@ -22,6 +22,7 @@ from recipe.engine.layer import Kept, Pass
 from recipe.engine.lora import Adapters, LoraView
 from recipe.engine.marks import Mark, unmarked
 from recipe.engine.memory import EmbeddingTable
+from recipe.engine.tokens import NewTokens
 from recipe.engine.weights import LayerStore, LayerView
 from recipe.plan.placement import NOTHING, Placement
 
@@ -75,13 +76,15 @@ class Left:
     """What a forward leaves for its backward besides activations: the gradient of the labelled tokens' last states.
 
     That of the sum of their losses. Each token's row stands for its own loss alone, so a weight per token makes of it
-    the gradient of any function of the losses.
+    the gradient of any function of the losses. hidden and normaliser: what went into the head and the log of each
+    softmax's sum, for the head's rows of new tokens.
     """
 
     step: Pass
     gradient: torch.Tensor | None
-    labelled: torch.Tensor
-    tokens: int
+    batch: Batch
+    hidden: torch.Tensor | None = None
+    normaliser: torch.Tensor | None = None
 
     def spread(self, weights: torch.Tensor) -> torch.Tensor:
         """The gradient of all tokens' last states (tokens, hidden), by a weight per labelled token; what it was made from
@@ -89,8 +92,8 @@ class Left:
         gradient, self.gradient = self.gradient, None
         assert gradient is not None, "a loss goes backward once"
         gradient.mul_(weights[:, None])
-        grad = gradient.new_zeros(self.tokens, gradient.shape[1])
-        grad[self.labelled] = gradient
+        grad = gradient.new_zeros(len(self.batch.ids), gradient.shape[1])
+        grad[self.batch.labelled] = gradient
         return grad
 
 
@@ -147,6 +150,10 @@ class Engine:
         draw = int(torch.randint(2**40, ())) if probability else 0
         device, dtype = self.adapters.device, self.adapters.dtype
         x = self.embedding.lookup(batch.ids, device, dtype)
+        tokens = self.adapters.tokens
+        if tokens is not None:
+            tokens.put_into_embedded(x, batch.ids, reference)
+            tokens.put_into_head(self.head, reference)
         if training and self.neftune_alpha:
             _add_noise(x, batch.documents, self.neftune_alpha)
         cosine, sine = self.rotary(x[None], batch.position_ids[None])
@@ -166,19 +173,24 @@ class Engine:
         # A row without labels still takes part in what ranks do together.
         labelled = batch.labelled
         hidden = x[labelled]
-        losses, gradient = self.head.loss(
-            kernels.rms_norm(hidden, self.norm, self.eps), batch.targets, recording, self.mark
-        )
+        normed = kernels.rms_norm(hidden, self.norm, self.eps)
+        normaliser = torch.empty(len(labelled), device=device) if tokens is not None else None
+        losses, gradient = self.head.loss(normed, batch.targets, recording, self.mark, normaliser)
+        left = Left(step, gradient, batch, normed if tokens is not None else None, normaliser)
+        del normed
         if gradient is not None:
-            gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
-        return losses, Left(step, gradient, labelled, len(x))
+            left.gradient = kernels.rms_norm_backward(gradient, hidden, self.norm, self.eps, None)
+        return losses, left
 
     def _backward(self, weights: torch.Tensor, left: Left) -> None:
         """weights: the gradient of each labelled token's loss. The largest is a factor of its own, see below."""
         largest = weights.abs().amax() if len(weights) else weights.sum()
         scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-        grad = left.spread(weights / scale)
+        weights = weights / scale
+        tokens = self.adapters.tokens
         self.adapters.begin_backward()
+        rows = self._rows_of_head(tokens, left, weights) if tokens is not None else None
+        grad = left.spread(weights)
         for i in reversed(range(len(self.placement.keep))):
             self.activations.fetch(i)
             self.activations.fetch(i - 1)
@@ -194,6 +206,20 @@ class Engine:
             self.adapters.add_gradient(i, sink)
         self.mark("reduce-scatter of the last gradients")
         self.adapters.end_backward()
+        if tokens is not None and rows is not None:
+            self.mark("gather the new tokens' gradients")
+            rows[0] += tokens.embedding_gradient(grad, left.batch.ids)
+            tokens.add_gradient(rows.mul_(scale))
+
+    @staticmethod
+    def _rows_of_head(tokens: NewTokens, left: Left, weights: torch.Tensor) -> torch.Tensor:
+        """New tokens' gradient as far as it comes out of the head, zero for the embedding; what it needed is let go."""
+        hidden, normaliser = left.hidden, left.normaliser
+        left.hidden = left.normaliser = None
+        assert hidden is not None and normaliser is not None
+        rows = torch.zeros_like(tokens.masters)
+        rows[-1] = tokens.head_gradient(hidden, normaliser, left.batch.targets, weights)
+        return rows
 
     def close(self) -> None:
         """Give the host memory back."""

@@ -27,9 +27,18 @@ class VocabularyHead:
         widest = rows_per_rank(vocab, self.world)
         self.chunk = chunk or max(16, LOGITS_BYTES // (4 * widest * self.world) // 16 * 16)
 
-    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, backward: bool, mark: Mark = unmarked):
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        backward: bool,
+        mark: Mark = unmarked,
+        normaliser: torch.Tensor | None = None,
+    ):
         """hidden (tokens, hidden), targets (tokens,) -> losses (tokens,) fp32, and with `backward` the gradient of
         their sum with respect to hidden, else None. A collective: ranks may have different numbers of tokens.
+
+        normaliser: (tokens,) fp32, filled with the log of the sum that each token's softmax divides by.
         """
         counts = self._counts(len(hidden), hidden.device)
         gradient = torch.empty_like(hidden) if backward else None
@@ -39,10 +48,12 @@ class VocabularyHead:
             own = slice(start, min(start + self.chunk, len(hidden)))
             rows = min(self.chunk, max(counts) - start)
             h, t = self._gather(hidden[own], targets[own], rows)
-            part, dh = self._chunk(h, t, backward)
+            part, sums, dh = self._chunk(h, t, backward)
             mine = slice(0, max(own.stop - own.start, 0))
             place = dist.get_rank(self.group) * rows if self.world > 1 else 0
             losses[own] = part[place : place + rows][mine]
+            if normaliser is not None:
+                normaliser[own] = sums[place : place + rows][mine]
             if gradient is not None:
                 gradient[own] = self._scatter(dh, rows)[mine]
         return losses, gradient
@@ -69,7 +80,7 @@ class VocabularyHead:
         return everyones, everyones_targets
 
     def _chunk(self, h: torch.Tensor, targets: torch.Tensor, backward: bool):
-        """Losses of some tokens, and this rank's share of the gradient of h."""
+        """Losses of some tokens, the logs of their softmax's sums, and this rank's share of the gradient of h."""
         z = mm32(h, self.weight.t())
         highest = z.amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
         if self.world > 1:
@@ -81,13 +92,14 @@ class VocabularyHead:
         sums = torch.stack([z.sum(1), torch.where(here, picked, torch.zeros_like(picked))])
         if self.world > 1:
             dist.all_reduce(sums, group=self.group)
-        losses = sums[0].log() + highest - sums[1]
+        normaliser = sums[0].log() + highest
+        losses = normaliser - sums[1]
         if not backward:
-            return losses, None
+            return losses, normaliser, None
         z.div_(sums[0][:, None])
         if z.shape[1]:
             z.scatter_add_(1, column[:, None], -here[:, None].to(z.dtype))
-        return losses, z.to(h.dtype) @ self.weight
+        return losses, normaliser, z.to(h.dtype) @ self.weight
 
     def _scatter(self, gradient: torch.Tensor, rows: int) -> torch.Tensor:
         """The sum over the ranks of this rank's tokens' gradient; added up in fp32."""

@@ -54,9 +54,16 @@ def load_sharded(folder: Path, build: Build, seed: int) -> PeftModel:
         head = EMBEDDING if shape.tied else HEAD
         model.engine.head.weight.copy_(checkpoint.read_rows(head, size, first, last))
         model.engine.norm.copy_(checkpoint.read(NORM, (shape.hidden,)))
+        if (tokens := model.engine.adapters.tokens) is not None:
+            sides = (EMBEDDING,) if shape.tied else (EMBEDDING, HEAD)
+            tokens.start(*(_rows(checkpoint, name, size, tokens.ids.tolist()) for name in sides))
         build.mark("start adapters")
         start_adapters(model.engine.adapters, seed)
     return model
+
+
+def _rows(checkpoint: Checkpoint, name: str, size: tuple[int, int], ids: list[int]) -> torch.Tensor:
+    return torch.cat([checkpoint.read_rows(name, size, row, row + 1) for row in ids])
 
 
 def model_config(folder: Path) -> PretrainedConfig:

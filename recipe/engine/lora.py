@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from recipe.engine.rows import rows_of_rank, rows_per_rank
+from recipe.engine.tokens import NewTokens
 from recipe.plan.shapes import ModelShape
 from recipe.settings import Lora
 
@@ -84,12 +85,24 @@ class LoraView:
 
 
 class Adapters:
-    """All LoRA matrices of a model: masters (layers, local) fp32, their gradients, and the parameters over them."""
+    """All LoRA matrices of a model: masters (layers, local) fp32, their gradients, and the parameters over them.
+
+    tokens: what else is trained, the rows of new tokens, where there are some.
+    """
 
     def __init__(
-        self, shape: ModelShape, lora: Lora, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+        self,
+        shape: ModelShape,
+        lora: Lora,
+        mesh: DeviceMesh,
+        device: torch.device,
+        dtype: torch.dtype,
+        token_ids: tuple[int, ...] = (),
     ):
         self.lora, self.mesh, self.device, self.dtype = lora, mesh, device, dtype
+        self.tokens = (
+            NewTokens(token_ids, shape.tied, shape.hidden, mesh, device, dtype) if token_ids else None
+        )
         self.world, self.place = mesh.size(), mesh.get_local_rank()
         self.group = mesh.get_group()
         self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
@@ -112,6 +125,11 @@ class Adapters:
         self._frozen: torch.Tensor | None = None
 
     @property
+    def flats(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+        return [self.flat, *([self.tokens.flat] if self.tokens else [])]
+
+    @property
     def first_of_b(self) -> int:
         """Where in each layer's local run the B matrices begin: all A come before them."""
         return next(m.local_start for m in self.matrices if m.kind == "B")
@@ -128,11 +146,21 @@ class Adapters:
         layer, matrix = self._places[id(parameter)]
         return self._sharded(runs[layer], matrix)
 
+    def part_of_state(self, states: list[torch.Tensor], parameter: nn.Parameter) -> torch.Tensor:
+        """As `part_of`, of tensors that are each laid out as one of `flats` is."""
+        if id(parameter) in self._places:
+            return self.part_of(states[0], parameter)
+        assert self.tokens is not None
+        side = next(i for i, rows in enumerate(self.tokens.parameters.values()) if rows is parameter)
+        return states[1][side]
+
     # -- the way to a layer ---------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
         """Keep a copy of the adapters as they are now, in the compute dtype: what they began with is the reference."""
         self._frozen = self.masters.to(self.dtype, copy=True)
+        if self.tokens is not None:
+            self.tokens.freeze()
 
     def has_reference(self) -> bool:
         """Whether the reference has adapters; else it is the model without any."""
@@ -186,6 +214,20 @@ class Adapters:
             self.flat.grad = self.gradients
             for parameter, gradient in self._gradients_of:
                 parameter.grad = gradient
+            if self.tokens is not None:
+                self.tokens.begin_backward()
+
+    def zero_gradients(self) -> None:
+        self.gradients.zero_()
+        if self.tokens is not None:
+            self.tokens.gradients.zero_()
+
+    def forget_gradients(self) -> None:
+        """As before any backward."""
+        self.zero_gradients()
+        rows = self.tokens.parameters.values() if self.tokens else ()
+        for parameter in (*self.flats, *self.parameters.values(), *rows):
+            parameter.grad = None
 
     def add_gradient(self, layer: int, gradient: LoraView) -> None:
         """Add the mean over the ranks of a layer's whole gradients (fp32) to what this rank holds of them."""
@@ -208,8 +250,13 @@ class Adapters:
             squares = norm.pow(2)
             dist.all_reduce(squares, group=self.group)
             norm = squares.sqrt()
+        if self.tokens is not None:  # whole on every rank, so they count once
+            norm = torch.hypot(norm, torch.linalg.vector_norm(self.tokens.gradients))
         if max_norm != float("inf"):
-            self.gradients.mul_((max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
+            factor = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+            self.gradients.mul_(factor)
+            if self.tokens is not None:
+                self.tokens.gradients.mul_(factor)
         return norm
 
     def end_backward(self) -> None:

@@ -59,15 +59,20 @@ def render(result: dict[str, Any]) -> str:
 
 def _write_config(run: Run, manifest: dict[str, Any], folder: Path) -> None:
     from recipe.data.encode import load_tokenizer
+    from recipe.data.new_tokens import token_ids
     from recipe.engine.build import peft_config
+    from recipe.plan.shapes import shape_of
 
     settings = run.settings()
-    config = peft_config(settings.lora)
+    model = Path(manifest["model"]["folder"])
+    tokenizer = load_tokenizer(model, settings.data, settings.lora.new_tokens)
+    ids = token_ids(tokenizer, settings.lora.new_tokens)
+    config = peft_config(settings.lora, ids, shape_of(str(model)).tied)
     config.base_model_name_or_path = manifest["model"]["name"]
     config.revision = manifest["model"]["revision"]
     config.inference_mode = True
     config.save_pretrained(folder)
-    load_tokenizer(Path(manifest["model"]["folder"]), settings.data).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _verify(run: Run, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +137,7 @@ nf4 = BitsAndBytesConfig(
 model = AutoModelForCausalLM.from_pretrained("{base["name"]}", quantization_config=nf4)
 model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
 ```
-
+{_tokens(settings)}
 | setting | value |
 | --- | --- |
 | method | {_method(settings)} |
@@ -149,6 +154,12 @@ The exact settings stand in the run's `config.yaml`, the versions in its `manife
 """
 
 
+def _tokens(settings: Settings) -> str:
+    if not settings.lora.new_tokens:
+        return ""
+    return "\nThe tokenizer is the one in this folder: that of the base model does not know the new tokens.\n"
+
+
 def _method(settings: Settings) -> str:
     """What was done besides plain LoRA."""
     lora, train = settings.lora, settings.train
@@ -156,5 +167,6 @@ def _method(settings: Settings) -> str:
     parts += ["rsLoRA (alpha / sqrt(rank))"] * lora.rslora
     parts += [f"LoRA+ with a ratio of {lora.lr_ratio:g}"] * (lora.lr_ratio != 1)
     parts += [f"NEFTune with alpha {train.neftune_alpha:g}"] * (train.neftune_alpha > 0)
+    parts += [f"new tokens {' '.join(f'`{token}`' for token in lora.new_tokens)}"] * bool(lora.new_tokens)
     parts += [f"from the adapters of `{lora.start}`"] * (lora.start is not None)
     return ", ".join(parts)

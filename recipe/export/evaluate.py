@@ -38,7 +38,8 @@ def load_run(run: Run):
     """The plain model of a finished run with its exported adapters, and its tokenizer."""
     folder = model_folder(run)
     settings = run.settings()
-    return load_plain(folder, compute_dtype(settings), run.adapters), load_tokenizer(folder, settings.data)
+    tokenizer = load_tokenizer(folder, settings.data, settings.lora.new_tokens)
+    return load_plain(folder, compute_dtype(settings), run.adapters), tokenizer
 
 
 def model_folder(run: Run) -> Path:
@@ -71,8 +72,9 @@ def evaluate(
         raise UserError(
             f"RUN={run.name}: has no held-out rows; set data.eval_path or data.eval_fraction and train again"
         )
-    settings = run.settings().eval
-    tokenizer = load_tokenizer(model_folder(run), run.settings().data)
+    whole = run.settings()
+    settings = whole.eval
+    tokenizer = load_tokenizer(model_folder(run), whole.data, whole.lora.new_tokens)
     pairs = prompts_and_answers(documents, tokenizer)
     task_names = settings.tasks if task_names is None else task_names
     asked = [(tokenizer.decode(prompt), answer) for prompt, answer in pairs] if task_names else []

@@ -212,4 +212,13 @@ def _static(
         Part("LoRA reference", reference * width / world_size / GIB, f"what DPO began with, {divided}"),
         Part("AdamW state", lora * 2 * FP32 / world_size / GIB, f"two fp32 moments, {divided}"),
         Part("LoRA of a layer", working / GIB, "whole, its gradient, and partial sums"),
+        *_new_tokens(shape, settings),
     ]
+
+
+def _new_tokens(shape: ModelShape, settings: Settings) -> list[Part]:
+    """Rows of the embedding, and of a head of its own, whole on every rank; nothing where there are none."""
+    count = len(settings.lora.new_tokens)
+    rows = count * shape.hidden * (1 if shape.tied else 2)
+    # They, their gradient, AdamW's moments, and what they began with.
+    return [Part("new tokens", 5 * rows * FP32 / GIB, f"{count}, fp32, whole on every rank")] if count else []

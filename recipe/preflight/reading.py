@@ -66,7 +66,7 @@ def _tokenizer(settings: Settings, prepared: Path, rows: list[Any]) -> None:
     from recipe.data.tokenise import documents_of
 
     try:
-        tokenizer = load_tokenizer(prepared, settings.data)
+        tokenizer = load_tokenizer(prepared, settings.data, settings.lora.new_tokens)
         conversation = next((row.messages for row in rows if row.messages), None)
         if conversation or tokenizer.chat_template:
             text = render(conversation or MESSAGE, tokenizer, "the first conversation")

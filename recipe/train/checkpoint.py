@@ -78,13 +78,17 @@ def load_parameters(folder: Path, model: nn.Module) -> None:
 def load_optimizer(folder: Path, model: nn.Module, runs: Adapters, optimizer: torch.optim.Optimizer) -> None:
     """Each rank reads its own slice of AdamW's moments."""
     with _opened(folder / OPTIMIZER) as tensors:
-        state: dict[str, Any] = {"step": tensors.get_tensor("step")[0].to(runs.device)}
+        step = tensors.get_tensor("step")[0].to(runs.device)
+        states: list[dict[str, Any]] = [{"step": step.clone()} for _ in runs.flats]
         for key in MOMENTS:
-            state[key] = torch.zeros_like(runs.masters)
+            moments = [torch.zeros_like(flat.detach()) for flat in runs.flats]
             for name, parameter in trained_parameters(model):
                 mine = _slice(tensors, folder / OPTIMIZER, f"{name}.{key}", parameter)
-                _local(runs.part_of(state[key], parameter)).copy_(mine)
-        optimizer.state[runs.flat] = state
+                _local(runs.part_of_state(moments, parameter)).copy_(mine)
+            for state, moment in zip(states, moments, strict=True):
+                state[key] = moment
+        for flat, state in zip(runs.flats, states, strict=True):
+            optimizer.state[flat] = state
 
 
 def load_random_state(folder: Path, rank: int) -> bool:

@@ -126,7 +126,7 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
     from recipe.data.show import shown_rows
     from recipe.data.sources import names
 
-    tokenizer = load_tokenizer(prepared.folder, settings.data)
+    tokenizer = load_tokenizer(prepared.folder, settings.data, settings.lora.new_tokens)
     with prepare.prepared(settings, tokenizer, prepared.folder) as data:
         for note in data.notes:
             say(f"note: {note}")
@@ -148,6 +148,8 @@ def _begin(run: Run, settings: Settings, prepared: Prepared, machine: Machine, w
         require_space(run.folder, 64 * 2**20, "the run")
         try:
             data.link_into(run.folder / "data")
+            if settings.lora.new_tokens:
+                tokenizer.save_pretrained(run.folder / "tokenizer")
             write_json(
                 run.manifest, manifest(settings, prepared, machine, world_size, data.form, data.hashes)
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -10,19 +12,28 @@ class LoraPlusAdamW(torch.optim.AdamW):
 
     What AdamW takes off a parameter, decay included, is its learning rate times something that does not depend on it.
     So all make B's step, and A's is then shortened: the same as two groups of parameters, with one state. Shortened, not
-    lengthened: a step divided by `ratio` loses less in rounding than one multiplied by it.
+    lengthened: a step divided by `ratio` loses less in rounding than one multiplied by it. `others` learn as A does.
     """
 
-    def __init__(self, flat: torch.nn.Parameter, first_of_b: int, ratio: float, **options):
-        super().__init__([flat], **options)
-        self._a, self._ratio = flat.detach()[:, :first_of_b], ratio
+    def __init__(
+        self,
+        flat: torch.nn.Parameter,
+        first_of_b: int,
+        ratio: float,
+        others: Sequence[torch.nn.Parameter] = (),
+        **options,
+    ):
+        super().__init__([flat, *others], **options)
+        self._slow = [flat.detach()[:, :first_of_b], *(other.detach() for other in others)]
+        self._ratio = ratio
 
     @torch.no_grad()
     def step(self, closure=None):
-        before, (group,) = self._a.clone(), self.param_groups
+        before, (group,) = [part.clone() for part in self._slow], self.param_groups
         rate = group["lr"]
         group["lr"] = rate * self._ratio
         result = super().step(closure)
         group["lr"] = rate
-        self._a.copy_(torch.lerp(before, self._a, 1 / self._ratio))
+        for part, old in zip(self._slow, before, strict=True):
+            part.copy_(torch.lerp(old, part, 1 / self._ratio))
         return result

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from recipe.data.pack import MicroBatches
 from recipe.engine.engine import Batch
+from recipe.engine.lora import Adapters
 from recipe.errors import Refused
 from recipe.files import require_space
 from recipe.train import checkpoint
@@ -71,14 +72,13 @@ def worst_row(rows: MicroBatches) -> int:
 def untouched(trainer: ShardedSFTTrainer) -> Iterator[None]:
     """Afterwards parameters, gradients and random states are as before; on the way out by an error the run ends anyway."""
     adapters = trainer.engine.adapters
-    masters = adapters.masters.cpu().clone()
+    before = [flat.detach().cpu().clone() for flat in adapters.flats]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     yield
-    adapters.masters.copy_(masters)
-    adapters.gradients.zero_()
-    for parameter in (adapters.flat, *adapters.parameters.values()):
-        parameter.grad = None
+    for flat, values in zip(adapters.flats, before, strict=True):
+        flat.detach().copy_(values)
+    adapters.forget_gradients()
     trainer.step_tokens = 0
     torch.set_rng_state(cpu)
     if cuda is not None:
@@ -99,7 +99,7 @@ def _step(trainer: ShardedSFTTrainer, optimizer: torch.optim.Optimizer, row: int
             "broken; run `make prepare` again, and compare with --set compute.kernels=plain"
         )
     if not torch.isfinite(adapters.clip(trainer.args.max_grad_norm or float("inf"))):
-        adapters.gradients.zero_()  # as the training does
+        adapters.zero_gradients()  # as the training does
     optimizer.step()
 
 
@@ -109,16 +109,22 @@ def _evaluate(trainer: ShardedSFTTrainer, row: int) -> None:
         trainer.held_out(batch)
 
 
+def _trained(adapters: Adapters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of them."""
+    found = {}
+    for flat, of in zip(adapters.flats, ("", " of the new tokens"), strict=False):
+        found["the adapters" if not of else "the new tokens"] = flat.detach()
+        found |= {f"{key}{of}": optimizer.state[flat][key] for key in checkpoint.MOMENTS}
+    return found
+
+
 def _save_and_reload(
     trainer: ShardedSFTTrainer, optimizer: torch.optim.Optimizer, run: Run, pulse: Pulse
 ) -> int:
     """The bytes of a checkpoint. Raises Refused where it cannot be written, or is not what was in memory."""
     folder = run.folder / ".rehearsal"
     adapters = trainer.engine.adapters
-    state = optimizer.state[adapters.flat]
-    held = {"the adapters": adapters.masters.clone()} | {
-        key: state[key].clone() for key in checkpoint.MOMENTS
-    }
+    held = {key: value.clone() for key, value in _trained(adapters, optimizer).items()}
     try:
         trainer.saver.begin(folder, optimizer, Place.here(0, {}), "{}", pulse.mark)
         trainer.saver.wait(pulse.mark)
@@ -128,11 +134,11 @@ def _save_and_reload(
                 "anew on another disk with --set paths.runs="
             )
         pulse.mark("read the checkpoint back")
-        adapters.masters.zero_()
+        for flat in adapters.flats:
+            flat.detach().zero_()
         checkpoint.load_parameters(folder, trainer.model)
         checkpoint.load_optimizer(folder, trainer.model, adapters, optimizer)
-        state = optimizer.state[adapters.flat]
-        read = {"the adapters": adapters.masters} | {key: state[key] for key in checkpoint.MOMENTS}
+        read = _trained(adapters, optimizer)
         wrong = [name for name in held if not torch.equal(held[name], read[name])]
         pulse.mark("hash what was read back")
         wrong += checkpoint.damaged_files(folder)

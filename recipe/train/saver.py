@@ -66,10 +66,13 @@ class Saver:
             [names[id(adapters.parameters[layer, m.module, m.kind])] for m in adapters.matrices]
             for layer in range(adapters.flat.shape[0])
         ]
+        rows = adapters.tokens.parameters.values() if adapters.tokens else ()
+        self.token_names = [(names[id(parameter)], tuple(parameter.shape)) for parameter in rows]
         self.group = dist.new_group(backend="gloo") if adapters.world > 1 else None
         self.failure: str | None = None  # why the last checkpoint is not there, on all ranks alike
         self.paused_seconds = 0.0  # that the last `begin` took
         self._copies: dict[str, torch.Tensor] = {}  # (layers, local) fp32 in host RAM, made once
+        self._rows: dict[str, torch.Tensor] = {}  # of new tokens, whole on every rank
         self._thread: threading.Thread | None = None
         self._broken: BaseException | None = None
         self._stream: Any = None
@@ -110,15 +113,18 @@ class Saver:
     def _copy(self, optimizer: torch.optim.Optimizer, place: Place) -> torch.Tensor:
         """Into host RAM; AdamW's count of steps (1,). On a GPU beside what it computes meanwhile."""
         held = optimizer.state.get(self.adapters.flat) or {}  # empty before its first step
-        tensors = {MASTERS: self.adapters.masters} | {key: held.get(key) for key in checkpoint.MOMENTS}
         with self._beside(place):
-            for key, value in tensors.items():
-                if key not in self._copies:
-                    self._copies[key] = torch.empty(self.adapters.masters.shape)
-                if value is None:
-                    self._copies[key].zero_()
-                else:
-                    self._copies[key].copy_(value)
+            for flat, copies in zip(self.adapters.flats, (self._copies, self._rows), strict=False):
+                state = optimizer.state.get(flat) or {}
+                for key in (MASTERS, *checkpoint.MOMENTS):
+                    value = flat.detach() if key == MASTERS else state.get(key)
+                    if key not in copies:
+                        copies[key] = torch.empty(flat.shape)
+                    if value is None:
+                        copies[key].zero_()
+                    else:
+                        copies[key].copy_(value)
+            # A copy: on a CPU the training counts on in this very tensor while it waits to be written.
             return held["step"].detach().cpu().clone().reshape(1) if held else torch.zeros(1)
 
     def _beside(self, place: Place) -> Any:
@@ -207,12 +213,20 @@ class Saver:
         adapters = [(name, shape) for names in self.names for name, shape in zip(names, shapes, strict=True)]
         moments = [(f"{name}.{key}", shape) for key in checkpoint.MOMENTS for name, shape in adapters]
         weights = itertools.islice(layers, len(self.names))
+        # New tokens stand behind what comes layer by layer.
+        masters, rest = list(self._rows.values())[:1], list(self._rows.values())[1:]
+        moments += [(f"{name}.{key}", s) for key in checkpoint.MOMENTS for name, s in self.token_names]
         return {
             checkpoint.ADAPTERS: write_tensors(
-                aside / checkpoint.ADAPTERS, adapters, weights, {"format": "pt"}
+                aside / checkpoint.ADAPTERS,
+                [*adapters, *self.token_names],
+                itertools.chain(weights, masters),
+                {"format": "pt"},
             ),
             checkpoint.OPTIMIZER: write_tensors(
-                aside / checkpoint.OPTIMIZER, [*moments, ("step", (1,))], itertools.chain(layers, [step])
+                aside / checkpoint.OPTIMIZER,
+                [*moments, ("step", (1,))],
+                itertools.chain(layers, rest, [step]),
             ),
         }
 

@@ -15,9 +15,11 @@ from recipe.settings import Settings
 
 if TYPE_CHECKING:
     from recipe.engine.lora import Adapters
+    from recipe.engine.tokens import NewTokens
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TOKENS = "trainable_token_indices"
 # What PEFT can do and we do not train, and the value that stands for "not used".
 NOT_OURS: dict[str, Any] = {
     "peft_type": "LORA",
@@ -28,7 +30,7 @@ NOT_OURS: dict[str, Any] = {
     "layers_to_transform": None,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "trainable_token_indices": None,
+    TOKENS: None,
 }
 
 
@@ -75,6 +77,8 @@ def _check(folder: Path, settings: Settings) -> None:
                 f"set {key} to the former, or leave lora.start out"
             )
     for key, unused in NOT_OURS.items():
+        if key == TOKENS and lora.new_tokens:  # whether they are the same ones the model's tokenizer tells
+            continue
         if (config.get(key, unused) or unused) != unused:
             raise UserError(
                 f"{path}: {key} is {config[key]}, expected {unused}: other adapters cannot be trained here"
@@ -117,7 +121,34 @@ def load(start: dict[str, str], adapters: Adapters) -> None:
                 first, last = rows_of_rank(parameter.shape[0], adapters.world, adapters.place)
                 parameter.to_local().copy_(piece[first:last])
                 names.remove(name)
+            if adapters.tokens is not None and (
+                rows := {name for name in names if ".token_adapter." in name}
+            ):
+                _load_tokens(path, tensors, rows, adapters.tokens)
+                names -= rows
     except SafetensorError as error:
         raise UserError(f"{path}: is damaged ({error}), expected safetensors") from None
     if names:
         raise UserError(f"{path}: has {min(names)}, expected adapters of this model's layers only")
+
+
+def _load_tokens(path: Path, tensors: Any, names: set[str], tokens: NewTokens) -> None:
+    """Rows of new tokens that were trained before. Raises UserError where they are other tokens'."""
+    from recipe.engine.tokens import token_indices
+
+    expected = token_indices(tokens.ids.tolist(), tied=len(tokens.parameters) == 1)
+    found = json.loads((path.parent / CONFIG).read_text()).get(TOKENS)
+    if found != expected:
+        raise UserError(
+            f"{path.parent / CONFIG}: {TOKENS} is {found}, expected {expected}, the rows of lora.new_tokens; set that to the "
+            "tokens that the adapters were trained with"
+        )
+    for module, parameter in tokens.parameters.items():
+        name = next((name for name in names if f".{module}.token_adapter." in name), None)
+        piece = tensors.get_tensor(name) if name else None
+        if piece is None or piece.shape != parameter.shape:
+            raise UserError(
+                f"{path}: the trained rows of {module} are missing or of another shape, expected {list(parameter.shape)}; "
+                "it is of another model"
+            )
+        parameter.copy_(piece)

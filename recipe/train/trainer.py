@@ -96,7 +96,7 @@ class ShardedSFTTrainer(SFTTrainer):
     optimizer: Any  # accelerate's wrapper around what create_optimizer makes
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """AdamW over this rank's slice of all adapters as one tensor."""
+        """AdamW over this rank's slice of all adapters as one tensor, and the rows of new tokens."""
         if self.optimizer is None:
             self.optimizer = self.adamw()
         return self.optimizer
@@ -111,8 +111,9 @@ class ShardedSFTTrainer(SFTTrainer):
             "fused": True,
         }
         if adapters.lora.lr_ratio != 1:
-            return LoraPlusAdamW(adapters.flat, adapters.first_of_b, adapters.lora.lr_ratio, **options)
-        return torch.optim.AdamW([adapters.flat], **options)
+            flat, *others = adapters.flats
+            return LoraPlusAdamW(flat, adapters.first_of_b, adapters.lora.lr_ratio, others, **options)
+        return torch.optim.AdamW(adapters.flats, **options)
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         """Clip over all ranks. A step whose gradients are not finite (fp16 may overflow) is left out, on all alike."""
@@ -120,7 +121,8 @@ class ShardedSFTTrainer(SFTTrainer):
         norm = self.engine.adapters.clip(self.args.max_grad_norm or float("inf"))
         self.skips = not torch.isfinite(norm)
         if self.skips:
-            self.engine.adapters.flat.grad = None  # AdamW passes over what has no gradient
+            for flat in self.engine.adapters.flats:
+                flat.grad = None  # AdamW passes over what has no gradient
         return norm
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:

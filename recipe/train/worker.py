@@ -32,6 +32,7 @@ import torch.distributed as dist
 from transformers import set_seed
 
 from recipe.data.encode import load_tokenizer
+from recipe.data.new_tokens import token_ids
 from recipe.data.pack import MicroBatches, PackedCollator
 from recipe.engine.build import Build
 from recipe.engine.devices import (
@@ -165,6 +166,8 @@ def train(
     model_folder = Path(read_json(run.manifest)["model"]["folder"])
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
     set_accumulation(settings, dtype)
+    pulse.mark("load the tokenizer")
+    tokenizer = load_tokenizer(model_folder, settings.data, settings.lora.new_tokens)
     build = Build(
         lora=settings.lora,
         mesh=mesh,
@@ -175,13 +178,13 @@ def train(
         max_tokens=settings.micro_batch_tokens,
         kernels=settings.compute.kernels,
         neftune_alpha=settings.train.neftune_alpha,
+        token_ids=token_ids(tokenizer, settings.lora.new_tokens),
         mark=pulse.mark,
     )
     model = load_sharded(model_folder, build, settings.train.seed)
     pulse.mark("load the adapters to start with")
     start_with(run, model.engine.adapters, settings)
-    pulse.mark("load tokenizer and rows")
-    tokenizer = load_tokenizer(model_folder, settings.data)
+    pulse.mark("load rows")
     train_rows, held_out = (MicroBatches.open(run.folder / "data", name) for name in ("train", "held_out"))
     pulse.mark("make the trainer")
     watch = Watch(run, stopper, settings.train, pulse)

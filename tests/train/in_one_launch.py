@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -42,15 +43,16 @@ def begun(config: Path, name: str, overrides: dict[str, object]) -> tuple[Run, P
     return run, plan.placement
 
 
-def train_all(cases: list[tuple[Run, Placement]], killed: tuple[int, int] | None = None) -> Run | None:
-    """killed: number of a case and step; a copy of that run as it was after that step is resumed, and returned."""
-    resumed = None
-    if killed is not None:
-        run, placement = cases[killed[0]]
-        resumed = Run(run.folder.with_name(f"{run.name}-resumed"))
-        cases = [*cases, (resumed, placement)]
-    run_ranks(WORLD, _train_all, cases, killed, [_free_port() for _ in cases])
-    return resumed
+def train_all(cases: list[tuple[Run, Placement]], killed: Sequence[tuple[int, int]] = ()) -> list[Run]:
+    """killed: number of a case and step; copies of those runs as they were after that step are resumed, and returned."""
+    resumed = [
+        (Run(run.folder.with_name(f"{run.name}-resumed")), placement)
+        for run, placement in (cases[number] for number, _ in killed)
+    ]
+    copied = [None] * len(cases) + [(cases[number][0], step) for number, step in killed]
+    everything = [*cases, *resumed]
+    run_ranks(WORLD, _train_all, everything, copied, [_free_port() for _ in everything])
+    return [run for run, _ in resumed]
 
 
 def _free_port() -> int:
@@ -59,17 +61,18 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train_all(mesh, cases, killed, ports) -> None:
+def _train_all(mesh, cases, copied, ports) -> None:
     from recipe.train.worker import train
 
     rank = mesh.get_local_rank()
-    for number, ((run, placement), port) in enumerate(zip(cases, ports, strict=True)):
+    for (run, placement), source, port in zip(cases, copied, ports, strict=True):
         resume = None
-        if killed is not None and number == len(cases) - 1:
-            resume = run.checkpoint(killed[1])
+        if source is not None:
+            whole, step = source
+            resume = run.checkpoint(step)
             if rank == 0:
                 left = shutil.ignore_patterns("summary.json", "metrics.jsonl", "events.jsonl")
-                shutil.copytree(cases[killed[0]][0].folder, run.folder, ignore=left)
+                shutil.copytree(whole.folder, run.folder, ignore=left)
             dist.barrier()
         dist.destroy_process_group()  # the rank makes its own
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

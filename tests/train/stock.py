@@ -90,7 +90,7 @@ def losses_and_rates(
         )
     # TRL casts the adapters of a quantised model to bf16; ours are fp32 masters.
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or name in begun_with:
             parameter.data = begun_with[name.replace(".ref.", ".default.")].clone()
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -119,6 +119,9 @@ def peft_model(folder: Path, lora: dict[str, Any], start: Path | None, seed: int
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
                 parameter.copy_(initial_lora(name.removesuffix(".weight"), tuple(parameter.shape), seed))
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None  # TRL's loss asks for it, and PEFT's wrapper around trained rows has none
     return model
 
 

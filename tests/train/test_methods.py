@@ -13,15 +13,18 @@ import torch
 import yaml
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from recipe.cli import main
 from recipe.data.encode import IGNORED
 from recipe.data.pack import MicroBatches
+from recipe.errors import UserError
 from recipe.files import read_json
 from recipe.train.run import read_jsonl
 from tests.models import tiny_checkpoint
 from tests.train import stock
 from tests.train.in_one_launch import begun, train_all
+from tests.train.tiny_run import differing
 
 STEPS = 3
 TOLERANCE = 1e-4
@@ -40,6 +43,7 @@ BASE = {
     },
     "eval": {"samples": 1, "exact_match": 2, "max_new_tokens": 4},
 }
+NEW_TOKENS, NEW_IDS = ["<|tool|>", "<|im_start|>"], [1, 299]  # by the rows of tests.models' tokenizer
 # What `recipe train` is told, and what the libraries are told: the schedules too.
 CASES = {
     "rslora": (
@@ -94,6 +98,37 @@ CASES = {
         },
         {"dpo": {"beta": 0.3}, "schedule": {"lr_scheduler_type": "inverse_sqrt"}},
     ),
+    # One that the tokenizer has, one that it lacks; with a head of its own PEFT has to be told that it is trained too.
+    "tokens": (
+        {
+            "data.path": "tokens.jsonl",
+            "lora.new_tokens": NEW_TOKENS,
+            "train.weight_decay": 0.1,
+            "train.scheduler": "constant",
+        },
+        {
+            "lora": {"trainable_token_indices": {"embed_tokens": NEW_IDS, "lm_head": NEW_IDS}},
+            "schedule": {"lr_scheduler_type": "constant_with_warmup"},
+        },
+    ),
+    "tied tokens": (
+        {
+            "model.id": "tied",
+            "data.path": "tokens.jsonl",
+            "lora.new_tokens": NEW_TOKENS,
+            "lora.lr_ratio": 8,
+            "train.scheduler": "constant",
+            "train.rehearsal": True,
+            "train.save_every": 1,
+        },
+        {
+            "lora": {"trainable_token_indices": NEW_IDS},
+            "optimizer": lambda model: create_loraplus_optimizer(
+                model, torch.optim.AdamW, lr=PEAK, loraplus_lr_ratio=8
+            ),
+            "schedule": {"lr_scheduler_type": "constant_with_warmup"},
+        },
+    ),
     # The adapters it starts with are the reference: without that the first loss would not be log 2.
     "dpo from adapters": (
         {
@@ -118,6 +153,7 @@ def root(tmp_path_factory):
     """A model, data of three kinds, and adapters that plain PEFT has written."""
     root = tmp_path_factory.mktemp("methods")
     tiny_checkpoint(root / "tiny")
+    tiny_checkpoint(root / "tied", tied=True)
     answers = ["the answer is yes", "no", "hello world, the answer is no"]
     lines(
         root / "rows.jsonl",
@@ -132,6 +168,13 @@ def root(tmp_path_factory):
                 "rejected": f" {answers[(n + 1) % 2] * (1 + n % 4)}",
             }
             for n in range(60)
+        ],
+    )
+    lines(
+        root / "tokens.jsonl",
+        [
+            {"prompt": f"number {n}<|im_start|>", "completion": f"<|tool|>{answers[n % 3]}<|tool|>"}
+            for n in range(150)
         ],
     )
     lines(root / "text.jsonl", [{"text": f"{n} is a number, " * (4 + 9 * (n % 5))} for n in range(40)])
@@ -162,12 +205,15 @@ def runs(root):
     begin = []
     for name, (settings, _) in CASES.items():
         placed = {
-            key: root / value if key in ("data.path", "lora.start") else value
+            key: root / value if key in ("data.path", "lora.start", "model.id") else value
             for key, value in settings.items()
         }
         begin.append(begun(root / "config.yaml", name.replace(" ", "-").replace("+", "plus"), placed))
-    resumed = train_all(begin, killed=(list(CASES).index("dpo from adapters"), 2))
-    return {name: run for name, (run, _) in zip(CASES, begin, strict=True)} | {"resumed": resumed}
+    killed = ("dpo from adapters", "tied tokens")
+    resumed = train_all(begin, killed=[(list(CASES).index(name), 2) for name in killed])
+    return {name: run for name, (run, _) in zip(CASES, begin, strict=True)} | {
+        f"{name}, resumed": run for name, run in zip(killed, resumed, strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -190,6 +236,8 @@ OTHERWISE = {
     "lora+": {"optimizer": None},
     "start": {"start": None},
     "dpo": {"dpo": {"beta": 0.1}},
+    "tokens": {"lora": {"trainable_token_indices": NEW_IDS}},  # the embedding's rows alone
+    "tied tokens": {"lora": {}},
 }
 
 
@@ -246,14 +294,48 @@ def test_adapters_of_dpo_from_adapters_load_in_plain_peft_and_evaluate(root, run
     )
 
 
-def test_dpo_goes_on_with_the_reference_that_it_began_with(runs):
-    whole, resumed = runs["dpo from adapters"], runs["resumed"]
+@pytest.mark.parametrize("name", ["dpo from adapters", "tied tokens"])
+def test_a_resumed_run_ends_as_the_whole_one(runs, name):
+    """DPO with the reference that it began with, new tokens with their rows and moments."""
+    whole, resumed = runs[name], runs[f"{name}, resumed"]
     assert [line["step"] for line in read_jsonl(resumed.metrics)] == [3]
     assert [line["loss"] for line in read_jsonl(resumed.metrics)] == [
         line["loss"] for line in read_jsonl(whole.metrics)
     ][2:]
-    a, b = (load_file(run.checkpoint(STEPS) / "adapters.safetensors") for run in (whole, resumed))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert differing(whole.checkpoint(STEPS), resumed.checkpoint(STEPS)) == []
+
+
+@pytest.mark.parametrize("name", ["tokens", "tied tokens"])
+def test_new_tokens_are_exported_for_plain_peft_with_their_tokenizer(root, runs, name):
+    """Export compares all tensors and the loss in a fresh process; eval decodes and counts with the new tokens."""
+    run, tied = runs[name], name == "tied tokens"
+    for command in ("export", "eval") if tied else ("export",):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            arguments = [command, "--run", run.name, "--set", f"paths.runs={root / 'runs'}", "--json"]
+            assert main(arguments) == 0
+    if tied:
+        found = json.loads(out.getvalue())
+        assert found["tuned"]["loss"] == pytest.approx(read_json(run.summary)["held_out_loss"], abs=TOLERANCE)
+        assert found["tuned"]["loss"] < found["base"]["loss"] - 20 * TOLERANCE
+        assert "<|tool|>" in found["samples"][0]["reference"]
+    told = read_json(run.adapters / "adapter_config.json")["trainable_token_indices"]
+    assert told == CASES[name][1]["lora"]["trainable_token_indices"]
+    for folder in (run.adapters, run.folder / "tokenizer"):
+        assert AutoTokenizer.from_pretrained(folder)("yes<|tool|>")["input_ids"][-1] == 299
+    exported = load_file(run.adapters / "adapter_model.safetensors")
+    rows = {key: value for key, value in exported.items() if "token_adapter" in key}
+    assert len(rows) == (1 if tied else 2) and len(exported) == 2 * 7 * 2 + len(rows)
+    original = load_file(root / ("tied" if tied else "tiny") / "model.safetensors")
+    for key, value in rows.items():
+        module = "lm_head" if "lm_head" in key else "model.embed_tokens"
+        assert ((value - original[f"{module}.weight"][NEW_IDS]).abs().amax(1) > PEAK).all(), key
+    # And those may be begun with in turn: their rows too.
+    again = {"lora.start": run.name, "data.path": root / "tokens.jsonl", "lora.new_tokens": NEW_TOKENS}
+    begun(root / "config.yaml", f"{run.name}-again", again)
+    with pytest.raises(
+        UserError, match=r"trainable_token_indices is .*, expected None: other adapters cannot"
+    ):
+        begun(root / "config.yaml", f"{run.name}-without", again | {"lora.new_tokens": []})
 
 
 def test_a_text_that_is_split_is_packed_whole(runs):
