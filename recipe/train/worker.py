@@ -7,19 +7,17 @@ Everything about the run stands in its folder: config.yaml and the tokenised row
 
 from __future__ import annotations
 
-import gc
-import sys
-
-gc.disable()  # what is imported stays: to look for garbage among it would be a sixth of a rank's start
-# transformers and TRL import it wherever it is installed, another seventh; recipe.train.trackers takes it back.
-sys.modules["wandb"] = None  # type: ignore[assignment]
+if __name__ == "__main__":
+    from recipe.train import imports  # noqa: F401  # before everything else
 
 import argparse
+import gc
 import json
 import math
 import os
 import re
 import socket
+import sys
 import time
 import traceback
 from contextlib import ExitStack
@@ -65,9 +63,6 @@ from recipe.train.trackers import trackers
 from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from recipe.train.watch import Watch
 
-gc.freeze()
-gc.enable()
-
 BLAME_SECONDS = 1.0  # ten looks of the launcher
 # What torch's allocator for the host and the system say where RAM or its limit is full.
 HOST_IS_FULL = re.compile(r"can't allocate memory|Cannot allocate memory|DefaultCPUAllocator")
@@ -75,6 +70,8 @@ HOST_IS_FULL = re.compile(r"can't allocate memory|Cannot allocate memory|Default
 
 def main() -> int:
     """Train, and say in the run's events what went wrong. Returns the exit code."""
+    gc.freeze()  # what is imported by now is never looked through again
+    gc.enable()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--placement", type=json.loads, required=True, help="JSON, as recipe.plan decides it")
