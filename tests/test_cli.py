@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe import __version__, cli
+from recipe import __version__, commands
 from recipe.cli import main
 from recipe.errors import Refused, UserError
 
@@ -99,7 +99,7 @@ def test_each_ending_has_its_exit_code_and_one_line(ending, code, said, monkeypa
     def end(arguments):
         raise ending
 
-    monkeypatch.setattr(cli, "_plan", end)
+    monkeypatch.setattr(commands, "plan", end)
     assert plan() == code
     out, err = capsys.readouterr()
     assert (out, err) == ("", said)
@@ -109,7 +109,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
     def fail(arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_plan", fail)
+    monkeypatch.setattr(commands, "plan", fail)
     with pytest.raises(ZeroDivisionError):
         plan()
 

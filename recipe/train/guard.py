@@ -27,7 +27,7 @@ from recipe.errors import Refused
 from recipe.train import checkpoint
 from recipe.train.alarms import PAGE_BYTES
 from recipe.train.pulse import STACKS, Beat, dump_request, flight_record, read_beats
-from recipe.train.run import Run, read_jsonl
+from recipe.train.run import Run, Tail
 
 WORKER = "recipe.train.worker"
 LOOK_SECONDS = 1.0
@@ -125,6 +125,8 @@ class Guard:
         self.beats: dict[int, Beat] = {}
         self.pids: dict[int, int] = {}  # every rank that was seen, whether it runs still or not
         self._log_position = log_start
+        self._events = Tail(run.events)
+        self._events.read()  # an error of an earlier start is no cause of what happens now
         self._looked = self._progress = time.monotonic()
         self._key: object = None
         self._signs: dict[int, Signs] = {}  # by rank, of when the last one got on
@@ -177,15 +179,16 @@ class Guard:
             **verdict.place(),
         )
         self.log_start = self._log_position = self.run.log.stat().st_size
+        self._events.read()
         self._failed = self._told = None
         self._key, self._progress, self._stopped, self.pids, self.beats = None, now, {}, {}, {}
 
     def _blame(self) -> Verdict:
-        """Who failed first, by the launcher's log, else by what a rank has reported itself."""
+        """Who failed first, by the launcher's log, else by what a rank has reported itself since the last start."""
         if (failed := self.failed_rank()) is not None and failed[0] < 0 and not self.has_reported(failed[1]):
             code, rank = failed
             return self.died(rank, f"was killed by {signal.Signals(-code).name}", -code)
-        reported = [event for event in read_jsonl(self.run.events) if event["kind"] == "error"]
+        reported = [event for event in self._events.read() if event["kind"] == "error"]
         if reported:
             return Verdict(reported[-1]["cause"], reported[-1]["message"].splitlines()[0], "", None, None)
         return Verdict("rank_died", "a rank has ended", "", None, None)

@@ -124,6 +124,9 @@ class Watch(TrainerCallback):
             saved = checkpoint.checkpoints(self.run.folder)
             rate, newest = args.learning_rate, saved[-1].name if saved else None
             raise not_finite(state.global_step, loss, rate, newest, self.skipped_in_a_row)
+        if not math.isfinite(loss):
+            # transformers takes it off itself, which leaves NaN: no later step would have a loss.
+            self.trainer._tr_loss.zero_()
         skipped = self.trainer.skips
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not state.is_world_process_zero:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from recipe.cli import main
 from tests.models import tiny_checkpoint
+from tests.train.faults import put_fault
 from tests.train.tiny_run import ROOT, end, make_place, ranks, start_training, train, wait_for_step
 
 FAILING = Path(__file__).parent / "failing.py"
@@ -323,6 +324,22 @@ def file_limit() -> list[str]:
     return _console("no_room", *ONE_RANK, shell="ulimit -f 16; exec ")
 
 
+# A disk that is dying, as its file system tells the program.
+IO_ERROR = """
+import errno
+def written_aside(folder):
+    raise OSError(errno.EIO, "Input/output error", str(folder))
+"""
+
+
+def dying_disk() -> list[str]:
+    """No checkpoint can be written, and the training is told to end then."""
+    fault = put_fault(scratch() / "fault", "recipe.train.saver", IO_ERROR)["PYTHONPATH"]
+    more = ("--set", "train.on_save_error=stop")
+    _console("dying_disk", *ONE_RANK, *more, shell=f"PYTHONPATH={fault} exec ")
+    return ["--run", "dying_disk"]
+
+
 def other_settings() -> list[str]:
     _answer("a rank that is killed")
     return _refused("other", "killed", "--set", "train.learning_rate=1e-3")
@@ -357,6 +374,7 @@ OURS = {
     "a weight that is NaN": ("checkpoint_damaged", weight_of_nan),
     "weights that overflow": ("nan_loss", weights_too_large),
     "no file over 16 KiB": ("disk_full", file_limit),
+    "a disk that does not write": ("save_failed", dying_disk),
     "other settings on resume": ("settings_differ", other_settings),
     "a row without an answer": ("malformed_row", broken_row),
     "a row that is too long": ("rows_too_long", long_row),

@@ -177,6 +177,7 @@ CAUSES = {
     "out_of_memory": "cuda_out_of_memory",
     "out_of_host_memory": "killed_for_memory",
     "nan_loss": "nan_loss",
+    "save_failed": "save_failed",
     "rank_died": "rank_died",
     "rank_hung": "rank_hung",
     "rank_behind": "rank_behind",
@@ -221,10 +222,42 @@ def test_throttling_that_lasts_is_told_and_a_warning_of_it_alone_is_not(tmp_path
         assert _finished(tmp_path / name, events, lines) == expected
 
 
-def _finished(folder, events, metrics):
-    run_with(folder, events, metrics)
+def _finished(folder, events, metrics, log=""):
+    run_with(folder, events, metrics, log=log)
     (folder / "summary.json").write_text("{}")
     return [diagnosis.rule.name for diagnosis in diagnose(read_run(Run(folder), all_marks()))]
+
+
+def test_a_save_that_failed_is_told_with_its_reason_first_until_one_succeeds(tmp_path):
+    begun = [event("loaded"), event("begun"), event("checkpoint")]
+    refused = event(
+        "warning", "save_failed", message="step 4: the checkpoint could not be written: runs: I/O"
+    )
+    full = (
+        "step 5: the checkpoint could not be written: runs: No space left on device; step-000004 is untouched"
+    )
+    for name, after, expected in (
+        ("goes on", [refused], ["save_failed", "no_end"]),
+        ("ended", [refused, event("error", "save_failed", message=full, exit_code=1)], ["disk_full"]),
+        ("over", [refused, event("checkpoint")], ["no_end"]),
+    ):
+        after = [line | {"time": 4e9} for line in after]  # after any boot
+        assert run_with(tmp_path / name, [*begun, *after]) == expected, name
+
+
+def test_steps_that_were_left_out_are_told_also_where_all_went_well(tmp_path):
+    left_out = event("warning", "nan_batch", message="step 3: the loss is nan, the step was left out")
+    metrics = [
+        {"step": step, "loss": None if step == 3 else 2.0, "skipped": step == 3} for step in (1, 2, 3, 4)
+    ]
+    begun = [event("loaded"), event("begun"), left_out]
+    said = (
+        "{'loss': 'nan', 'grad_norm': 'nan'}\n{'loss': '2.0'}\n{'train_runtime': '9', 'train_loss': 'nan'}\n"
+    )
+    assert _finished(tmp_path / "well", [*begun, event("finished")], metrics, said) == ["nan_batch"]
+    assert run_with(tmp_path / "ill", [*begun, event("error", "nan_loss", exit_code=1)], metrics) == [
+        "nan_loss"
+    ]
 
 
 def test_errors_of_an_attempt_that_was_overcome_are_not_told(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.machine import lacks
 from tests.report.browser import Browser, chromium
+from tests.train.faults import put_fault
 from tests.train.tiny_run import make_place, train
 
 TOKENS = {
@@ -16,6 +17,9 @@ TOKENS = {
     "MLFLOW_TRACKING_TOKEN": "planted-mlflow-token-0003",
 }
 STEPS = 12
+SLOW_DAY_SECONDS = (
+    300.0  # that all trackers get here for what is still to be told, however loaded the machine is
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +31,13 @@ def real_run(tmp_path_factory):
         for name, value in TOKENS.items():
             patch.setenv(name, value)
         patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB__SERVICE_WAIT", str(SLOW_DAY_SECONDS))
+        limit = f"CLOSE_SECONDS = {SLOW_DAY_SECONDS}"
+        patient = put_fault(tmp_path_factory.mktemp("patient"), "recipe.train.trackers", limit)
+        patch.setenv(*patient.popitem())
+        patch.setattr(
+            "recipe.train.guard.SILENT_SECONDS", SLOW_DAY_SECONDS
+        )  # it would end a rank that closes
         tracked = {
             "wandb": "project",
             "mlflow": root / "runs/tracked/mlflow",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recipe.cli import _machine
+from recipe.commands import machine_here
 from recipe.plan import plan_for, target_of
 from recipe.plan.placement import Placement
 from recipe.prepare import prepare, prepared_folder
@@ -32,7 +32,7 @@ WORLD = 2
 def begun(config: Path, name: str, overrides: dict[str, object]) -> tuple[Run, Placement]:
     """A run's folder, ready for its ranks."""
     settings = load(config, [f"{key}={value}" for key, value in overrides.items()])
-    machine = _machine(settings)
+    machine = machine_here(settings)
     plan = plan_for(settings, target_of(machine), prepared_folder(settings))
     settings = plan.decided(settings)
     assert plan.world_size == WORLD

@@ -10,7 +10,10 @@ from functools import partial
 
 import pytest
 
+from recipe.doctor.diagnose import all_marks, diagnose
+from recipe.doctor.read import read_run
 from recipe.train.checkpoint import damaged_files
+from recipe.train.run import Run
 from tests.train.faults import put_fault
 from tests.train.tiny_run import (
     ROOT,
@@ -232,6 +235,9 @@ def test_a_step_that_is_no_number_is_left_out_and_counted(tmp_path, monkeypatch)
     assert len(skipped) == 1 and len(lines) == steps
     step = skipped[0]
     assert lines[step]["loss"] is None and lines[step]["grad_norm"] is None
+    assert all(0 < line["loss"] < 10 for number, line in lines.items() if number != step), (
+        "the others have theirs"
+    )
     saved = [run / "checkpoints" / f"step-{number:06d}" for number in (step - 1, step)]
     assert "adapters.safetensors" not in differing(*saved) and "optimizer.safetensors" not in differing(
         *saved
@@ -239,6 +245,7 @@ def test_a_step_that_is_no_number_is_left_out_and_counted(tmp_path, monkeypatch)
     assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
     warning = next(e for e in jsonl(run / "events.jsonl") if e.get("cause") == "nan_batch")
     assert warning["message"] == f"step {step}: the loss is nan, the step was left out (train.on_nan: skip)"
+    assert [d.rule.name for d in diagnose(read_run(Run(run), all_marks()))] == ["nan_batch"]
 
 
 # From step 4 on a layer takes far longer than anybody who stops wants to wait.

@@ -387,10 +387,10 @@ def test_a_rank_whose_launcher_has_died_is_no_orphan(run):
     assert not guard.psutil.pid_exists(process.pid)
 
 
-def ended_guard(run):
+def ended_guard(run, restarts=0):
     launcher = subprocess.Popen(["true"])
     launcher.wait()
-    return Guard(run, launcher, 0)
+    return Guard(run, launcher, 0, restarts)
 
 
 def test_a_killed_rank_is_the_kernels_where_ram_had_run_out(run):
@@ -402,6 +402,30 @@ def test_a_killed_rank_is_the_kernels_where_ram_had_run_out(run):
         causes.append(watching.died(1, "was killed by SIGKILL", signal.SIGKILL).cause)
     assert causes == ["rank_died", "out_of_host_memory"]
     assert watching.died(1, "was killed by SIGSEGV", signal.SIGSEGV).cause == "rank_died"
+
+
+def test_a_restart_is_blamed_on_what_was_reported_since_the_last_start_alone(run):
+    """A run may be started again in its folder, by us or by its launcher: earlier errors stay among its events."""
+    run.log.touch()
+    run.event("error", "of a start before", cause="out_of_host_memory")
+    watching = ended_guard(run, restarts=5)
+    watching._restarted(0.0)
+    run.event("error", "OSError: of this start\nand more", cause="unexpected")
+    watching._restarted(1.0)
+    watching._restarted(2.0)
+    run.event("error", "of a rank that was ended because another hung", cause="unexpected")
+    watching._told = guard.Verdict("rank_hung", "all 2 ranks stand", "")
+    watching._restarted(3.0)
+    watching._restarted(4.0)
+    told = [event for event in jsonl(run.events) if event["kind"] == "restarted"]
+    assert [event["cause"] for event in told] == [
+        "rank_died",
+        "unexpected",
+        "rank_died",
+        "rank_hung",
+        "rank_died",
+    ]
+    assert told[1]["message"].startswith("OSError: of this start; all ranks start again")
 
 
 def test_the_kernels_count_of_what_it_killed_is_read(tmp_path):

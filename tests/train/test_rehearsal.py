@@ -8,40 +8,15 @@ import numpy
 import pytest
 import torch
 
-from recipe.data.encode import load_tokenizer
-from recipe.data.pack import PackedCollator
-from recipe.plan.placement import Placement
-from recipe.settings import from_dict
-from recipe.train.pulse import Pulse
 from recipe.train.rehearsal import rehearse, worst_row
 from recipe.train.run import Run
-from recipe.train.stopping import Stopper
-from recipe.train.trainer import ShardedSFTTrainer, training_arguments
 from tests.data.preparing import micro_batches
-from tests.engine.steps import LAYERS, LORA, ROWS, packed_row, sharded_model
+from tests.engine.steps import LAYERS, LORA, ROWS
 from tests.models import run_ranks
+from tests.train.small_trainer import all_rows, small_trainer
 from tests.train.tiny_run import jsonl
 
 RATE = 0.3
-
-
-def trainer_of(mesh, folder, run, kernels):
-    pulse = Pulse(run, mesh.get_local_rank())
-    settings = from_dict({"train": {"steps": 2}})
-    lora = dataclasses.replace(LORA, dropout=RATE)
-    rows = micro_batches([packed_row(number) for number in range(len(ROWS))])
-    return ShardedSFTTrainer(
-        model=sharded_model(mesh, folder, Placement(LAYERS), kernels, lora),
-        args=training_arguments(settings, run, mesh.size(), evaluates=True),
-        data_collator=PackedCollator(),
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=load_tokenizer(folder, settings.data),
-        run=run,
-        keep_checkpoints=1,
-        pulse=pulse,
-        stopper=Stopper(run, pulse),
-    )
 
 
 def state_of(trainer):
@@ -63,7 +38,16 @@ def rehearsed(mesh, folder, place, kernels):
     """The state before and after, and the largest gradient that the rehearsal itself has made."""
     os.environ["LOCAL_WORLD_SIZE"] = str(mesh.size())  # as a launcher sets it
     run = Run(place)
-    trainer = trainer_of(mesh, folder, run, kernels)
+    trainer = small_trainer(
+        mesh,
+        folder,
+        run,
+        all_rows(),
+        {"train": {"steps": 2}},
+        kernels,
+        dataclasses.replace(LORA, dropout=RATE),
+        evaluates=True,
+    )
     made = []
     clip = trainer.engine.adapters.clip
 
@@ -87,7 +71,7 @@ def test_afterwards_all_is_as_it_was(nf4_model, tmp_path, kernels):
             assert same, name
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
     (event,) = jsonl(tmp_path / "events.jsonl")
-    longest = worst_row(micro_batches([packed_row(number) for number in range(len(ROWS))]))
+    longest = worst_row(micro_batches(all_rows()))
     assert (event["kind"], event["tokens"]) == ("rehearsed", sum(ROWS[longest])) and ROWS[longest] == [
         5,
         17,

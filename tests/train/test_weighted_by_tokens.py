@@ -4,17 +4,10 @@ import os
 
 import pytest
 
-from recipe.data.encode import load_tokenizer
-from recipe.data.pack import PackedCollator
-from recipe.plan.placement import Placement
-from recipe.settings import from_dict
-from recipe.train.pulse import Pulse
 from recipe.train.run import Run
-from recipe.train.stopping import Stopper
-from recipe.train.trainer import ShardedSFTTrainer, training_arguments
-from tests.data.preparing import micro_batches
-from tests.engine.steps import LAYERS, LORA, ROWS, packed_row, sharded_model
+from tests.engine.steps import LAYERS, ROWS
 from tests.models import run_ranks
+from tests.train.small_trainer import all_rows, small_trainer
 
 STEPS = 4
 TOKENS = 32
@@ -34,24 +27,11 @@ def trained(mesh, folder, place, together):
     """
     os.environ["LOCAL_WORLD_SIZE"] = str(mesh.size())  # as a launcher sets it
     tokens = TOKENS * (len(ROWS) if together else 1)
-    settings = from_dict({"data": {"max_length": TOKENS}, "train": TRAIN | {"micro_batch_tokens": tokens}})
-    run, packed = Run(place), [packed_row(number) for number in range(len(ROWS))]
-    pulse = Pulse(run, mesh.get_local_rank())
+    packed = all_rows()
     if together:
         packed = [{key: [value for row in packed for value in row[key]] for key in packed[0]}]
-    rows = micro_batches(packed)
-    trainer = ShardedSFTTrainer(
-        model=sharded_model(mesh, folder, Placement(LAYERS), "fused", LORA),
-        args=training_arguments(settings, run, mesh.size(), evaluates=False),
-        data_collator=PackedCollator(),
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=load_tokenizer(folder, settings.data),
-        run=run,
-        keep_checkpoints=1,
-        pulse=pulse,
-        stopper=Stopper(run, pulse),
-    )
+    values = {"data": {"max_length": TOKENS}, "train": TRAIN | {"micro_batch_tokens": tokens}}
+    trainer = small_trainer(mesh, folder, Run(place), packed, values)
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 

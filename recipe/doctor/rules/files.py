@@ -6,7 +6,7 @@ import re
 
 from recipe.doctor.case import Case
 from recipe.doctor.rule import Rule
-from recipe.doctor.scan import Mark
+from recipe.doctor.scan import Line, Mark
 
 OTHER_SETTINGS = "was begun with other settings"
 DENIED = (
@@ -23,6 +23,13 @@ def same_settings(case: Case) -> str:
         if named := re.search(r"(CONFIG=\S+)", line.text):
             return f"`make train {named[1]}` goes on with the run's own settings; another RUN= begins anew"
     return "the run's own config.yaml as CONFIG= goes on with it; another RUN= begins anew"
+
+
+def _unsaved(case: Case) -> list[Line]:
+    """Saves that failed; those after which another one has succeeded are over."""
+    kinds = [event.kind for event in case.events]
+    over = len(kinds) - kinds[::-1].index("checkpoint") if "checkpoint" in kinds else 0
+    return [event.line for event in case.events[over:] if event.cause == "save_failed"]
 
 
 RULES = (
@@ -44,7 +51,7 @@ RULES = (
             "file write failed",
             "PytorchStreamWriter failed writing file",
         ),
-        over=("request", "permission_denied", "rank_died"),
+        over=("request", "permission_denied", "rank_died", "save_failed"),
     ),
     Rule(
         "read_only",
@@ -53,7 +60,7 @@ RULES = (
         "write to another folder (--set paths.runs=); `dmesg | grep -i remount` tells of a disk that fails",
         marks=("Read-only file system", "[Errno 30]"),
         certainty="likely",
-        over=("permission_denied",),
+        over=("permission_denied", "save_failed"),
     ),
     Rule(
         "permission_denied",
@@ -62,7 +69,7 @@ RULES = (
         "`ls -ld` it, then `sudo chown -R $(id -u):$(id -g) runs models`, or another folder with --set paths.runs=",
         marks=DENIED,
         certainty="likely",
-        over=("request", "missing_file"),
+        over=("request", "missing_file", "save_failed"),
     ),
     Rule(
         "too_many_open_files",
@@ -79,6 +86,20 @@ RULES = (
         "OMP_NUM_THREADS=1, fewer workers, a higher --pids-limit or `ulimit -u`",
         marks=("can't start new thread", "Resource temporarily unavailable", "pthread_create failed"),
         certainty="likely",
+    ),
+    Rule(
+        "save_failed",
+        "A checkpoint could not be written",
+        "The disk of the run has refused it, and the line has its word for why. The checkpoint before is untouched.",
+        lambda case: (
+            "see to that disk (`df -h`, `ls -ld`, `dmesg | tail`), or copy the run to another one; then "
+            f"{case.again} goes on from the checkpoint before"
+        ),
+        find=_unsaved,
+        kind="symptom",
+        when="unfinished",
+        general_remedy="see to that disk (`df -h`, `ls -ld`, `dmesg | tail`), or copy the run to another one; the same RUN= goes "
+        "on from the checkpoint before",
     ),
     Rule(
         "checkpoint_damaged",

@@ -37,6 +37,8 @@ def nan_steps(case: Case) -> list[Line]:
     losses = case.numbers("loss")
     if losses and not math.isfinite(losses[-1][0]):
         return [line for loss, line in losses if not math.isfinite(loss)][:2]
+    if any(event.cause == "nan_batch" for event in case.events):
+        return []  # they were left out, of which the log's mean over all steps knows nothing
     told = [line for mark in NAN_LOSS for line in case.found(mark)]
     last = max((line.number for line in told), default=0)
     later = [line for mark in LOSSES for line in case.found(mark) if line.number > last]
@@ -99,8 +101,21 @@ RULES = (
         reads=(*NAN_LOSS, *LOSSES),
         find=nan_steps,
         when="always",
-        over=("loss_spike", "gradient_explosion"),
+        over=("loss_spike", "gradient_explosion", "nan_batch"),
         general_remedy="a tenth of the learning rate, warm-up and clipping, in a new run",
+    ),
+    Rule(
+        "nan_batch",
+        "Steps whose loss is no number (NaN) were left out",
+        "A single one may be a row that is unlike all others; several come of too high a learning rate. The adapters have not "
+        "moved in those steps (train.on_nan: skip).",
+        lambda case: (
+            f"`make data ARGS=check` on the rows; where it was more than a few steps, {lower_rate(case)}"
+        ),
+        causes=("nan_batch",),
+        kind="symptom",
+        when="always",
+        general_remedy="`make data ARGS=check` on the rows; where it was more than a few steps, a lower learning rate in a new run",
     ),
     Rule(
         "loss_spike",
