@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from recipe.data.new_tokens import add_new_tokens, token_ids
+from recipe.data.pack import PackedCollator
 from recipe.engine.build import Build
+from recipe.engine.engine import Batch
 from recipe.engine.load import load_sharded
 from recipe.errors import UserError
 from recipe.export.plain import load_plain
@@ -29,6 +32,7 @@ from tests.engine.steps import (
     adapter,
     batch,
     documents,
+    packed_row,
     trained,
 )
 from tests.engine.test_weighted_losses import plain_token_losses, weights_of
@@ -76,7 +80,7 @@ def plain(folder):
     sum((weights_of(n, len(part)) * part).sum() for n, part in zip(ROWS, losses, strict=True)).backward()
     with torch.no_grad(), model.disable_adapter():
         off = [plain_token_losses(model, number) for number in ROWS]
-    gradients = {name: p.grad.clone() for name, p in parameters.items()}
+    gradients = {name: p.grad.cpu().clone() for name, p in parameters.items()}
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP).item()
     return {
         "begun": begun,
@@ -84,19 +88,30 @@ def plain(folder):
         "off": off,
         "gradients": gradients,
         "norm": norm,
-        "clipped": {name: p.grad for name, p in parameters.items()},
+        "clipped": {name: p.grad.cpu() for name, p in parameters.items()},
         "keys": get_peft_model_state_dict(model).keys(),
     }
 
 
-def load(mesh, folder):
+def load(mesh, folder, device=CPU):
     placement = Placement(LAYERS, 1, 0, 2, 16, 3)
-    build = Build(LORA, mesh, CPU, torch.float32, "sdpa", placement, LONGEST, token_ids=IDS)
+    build = Build(LORA, mesh, device, torch.float32, "sdpa", placement, LONGEST, token_ids=IDS)
     return load_sharded(folder, build, SEED)
 
 
 def whole_gradients(model):
-    return {name: checkpoint.gather(p.grad).clone() for name, p in trained(model).items()}
+    return {name: checkpoint.gather(p.grad).cpu().clone() for name, p in trained(model).items()}
+
+
+def set_all(model, mesh):
+    """As `plain` has them: adapters in slices, rows of tokens whole."""
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            value = adapter(name, parameter.shape)
+            if isinstance(parameter, DTensor):
+                value = value.to(parameter.device)
+                parameter, value = parameter.to_local(), distribute_tensor(value, mesh, [Shard(0)]).to_local()
+            parameter.copy_(value)
 
 
 def sharded(mesh, folder, saved):
@@ -104,12 +119,7 @@ def sharded(mesh, folder, saved):
     model = load(mesh, folder)
     adapters, parameters = model.engine.adapters, trained(model)
     found = {"begun": {name: p.detach().clone() for name, p in parameters.items() if "token_adapter" in name}}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = adapter(name, parameter.shape)
-            if isinstance(parameter, DTensor):
-                parameter, value = parameter.to_local(), distribute_tensor(value, mesh, [Shard(0)]).to_local()
-            parameter.copy_(value)
+    set_all(model, mesh)
     number = ROWS[mesh.get_local_rank()]
     mine = batch(number)
     found["off"] = model.engine.reference_losses(mine)
@@ -161,6 +171,31 @@ def test_losses_and_gradients_are_those_of_pefts_trainable_tokens(ranks, plain):
         assert apart(rank["gradients"], plain["gradients"]) < TOLERANCE
         assert rank["norm"] == pytest.approx(plain["norm"], rel=TOLERANCE)
         assert apart(rank["clipped"], plain["clipped"]) < TOLERANCE
+
+
+def on_a_card(mesh, folder):
+    """Both rows' losses and their gradients, on one GPU in fp32."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    mesh = dist.init_device_mesh("cuda", (mesh.size(),))
+    model = load(mesh, folder, device)
+    set_all(model, mesh)
+    found = []
+    for number in ROWS:
+        losses = model.engine.losses(Batch.of(PackedCollator()([packed_row(number)]), device), training=True)
+        (losses * weights_of(number, len(losses)).to(device)).sum().backward()
+        found.append(losses.detach().cpu())
+    gradients = whole_gradients(model)
+    model.engine.close()
+    return found, gradients
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_they_are_the_same(folder, plain):
+    ((losses, gradients),) = run_ranks(1, on_a_card, folder[0], method="spawn")
+    for found, expected in zip(losses, plain["losses"], strict=True):
+        assert (found - expected).abs().max() < TOLERANCE
+    assert apart(gradients, plain["gradients"]) < TOLERANCE
 
 
 def resumed(mesh, folder, saved):

@@ -43,9 +43,8 @@ def weights_of(number: int, count: int) -> torch.Tensor:
 def plain_token_losses(model, number: int) -> torch.Tensor:
     parts = []
     for _, ids, labels in documents(number):
-        losses = F.cross_entropy(
-            model(input_ids=ids[None]).logits[0, :-1], labels[1:], ignore_index=IGNORED, reduction="none"
-        )
+        logits = model(input_ids=ids[None].to(model.device)).logits[0, :-1].cpu()
+        losses = F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="none")
         parts.append(losses[labels[1:] != IGNORED])
     return torch.cat(parts)
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recipe.cli import main
 from tests.train.tiny_run import make_place, train
@@ -39,6 +40,20 @@ def test_it_trains_and_the_export_is_verified(dtype, attention, tmp_path, capsys
     ):  # how far two ways of computing the same lie apart: what TOLERANCE in export is set by
         apart = abs(loss["plain_peft"] - loss["trainer"])
         print(f" {dtype} {attention}: {loss['trainer']:.6f}, apart by {apart:.1e} ", end="", flush=True)
+
+
+def test_new_tokens_are_trained_and_exported(tmp_path, capsys):
+    """One that the tokenizer has and one that it lacks."""
+    config = make_place(tmp_path, STEPS, save_every=6)
+    code, _, err = train(config, "run", "--set", 'lora.new_tokens=["<|im_end|>", "<|tool|>"]')
+    assert code == 0, err
+    run = tmp_path / "runs" / "run"
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 2
+    capsys.readouterr()
+    assert main(["export", "--run", "run", "--set", f"paths.runs={run.parent}"]) == 0
+    tensors = load_file(run / "adapters" / "adapter_model.safetensors")
+    assert [name for name in tensors if "token_adapter" in name]
 
 
 def test_each_kernel_that_is_compiled_is_a_mark(tmp_path, monkeypatch):
