@@ -35,6 +35,7 @@ from recipe.settings import Data, Settings
 FORMAT = 1  # of what is cached; another number is another key
 DISK_PER_BYTE = 2.0  # of the files: about four bytes make a token, which takes five; and the plans
 STALE_SECONDS = 24 * 3600
+KEPT = 16  # preparations in the cache; the one that was used longest ago goes first
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -92,6 +93,8 @@ def prepared(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Path
     hashes = [origin.sha256() for origin in [*origins, *held_out]]
     cached = cache_folder(settings) / _key(settings, tokenizer, model, hashes)
     if (cached / META).is_file():
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(cached / META)
         found = _opened(cached)
         _refuse_overlong(settings.data, found.stats["overlong"])
         yield found
@@ -113,11 +116,18 @@ def prepared(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: Path
         yield found
         if aside.parent == cached.parent:
             publish(aside, cached)
+            _prune(cached.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
                 aside.parent.rmdir()  # only where nothing stands in it
+
+
+def _prune(cache: Path) -> None:
+    used = sorted(cache.glob(f"*/{META}"), key=lambda meta: meta.stat().st_mtime)
+    for meta in used[:-KEPT]:
+        shutil.rmtree(meta.parent, ignore_errors=True)
 
 
 def hashes_of(data: Data) -> dict[str, list[str]]:

@@ -94,6 +94,15 @@ def test_a_run_keeps_its_data_when_the_cache_is_deleted(place, model):
     assert rows[0]["seq_lengths"] and sum(len(row["seq_lengths"]) for row in rows) == round(ROWS * 0.9)
 
 
+def test_the_cache_loses_what_was_used_longest_ago(place, model, monkeypatch):
+    monkeypatch.setattr(prepare, "KEPT", 2)
+    make(place, model, max_length=100)
+    (first,) = cached(place)
+    for length in (110, 100, 120):  # the first is used once more before the third comes
+        make(place, model, max_length=length)
+    assert len(cached(place)) == 2 and first in cached(place)
+
+
 def test_the_held_out_share_is_that_of_torchs_permutation(place, model):
     import torch
 
