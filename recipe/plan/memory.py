@@ -30,9 +30,9 @@ NCCL_GIB = 0.4
 # Between allocated and reserved: 0.01 to 0.17 GiB in the settings of docs/benchmarks.md, "The plan against what happened".
 ALLOCATOR_SLACK_GIB = 0.2
 # Interpreter, torch, transformers, TRL and their arenas, of each rank; on a GPU also CUDA's host side, and NCCL's where
-# there are several. Measured on 16 trainings there: 1.20 to 1.23 alone, 1.36 to 1.44 of two (docs/benchmarks.md).
+# there are several. Measured there: 1.09 to 1.16 alone, 0.19 more of two (docs/benchmarks.md).
 CPU_RANK_GIB = 0.31
-GPU_RANK_GIB = 1.21
+GPU_RANK_GIB = 1.10
 NCCL_RANK_GIB = 0.19
 # `recipe train` itself and torchrun or accelerate's launcher: once. On a GPU machine both import CUDA's libraries.
 CPU_LAUNCHER_GIB = 0.5
