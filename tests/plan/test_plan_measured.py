@@ -1,4 +1,4 @@
-"""The plan against what real trainings of 8B and 70B shapes took on H200s, and against one on this CPU."""
+"""The plan against what real trainings of 8B and 70B shapes took on H200s; on a CPU: tests/long/test_plan_on_this_cpu.py."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from recipe.bench import planned
-from recipe.cli import main
 
 RECORD = json.loads((Path(__file__).parents[2] / "docs/plan_measured.json").read_text())
 ROWS = {row["name"]: row for row in RECORD["results"]}
@@ -46,17 +45,3 @@ def test_a_prediction_that_is_off_is_told():
 def test_the_table_in_the_docs_is_the_reports():
     text = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
     assert planned.report(RECORD).strip() in text
-
-
-@pytest.mark.slow
-def test_a_training_on_this_cpu_takes_the_ram_that_was_planned(tmp_path, capsys):
-    """Two settings, each a `recipe train` of its own; the report is written, and a second call has nothing left to do."""
-    assert main(["bench", "--suite", "plan", "--gpus", "0", "--output", str(tmp_path / "found")]) == 0
-    rows = json.loads((tmp_path / "found/plan.json").read_text())["results"]
-    assert [row["ranks"] for row in rows] == [2, 1]
-    assert all(abs(planned.deviations(row)["host_gib"]) <= planned.CPU_MEMORY for row in rows)
-    assert (tmp_path / "found/report.md").read_text().count(" met |") == 2
-    said = capsys.readouterr().err
-    assert "1 of 2" in said and "2 of 2" in said
-    assert main(["bench", "--suite", "plan", "--gpus", "0", "--output", str(tmp_path / "found")]) == 0
-    assert "of 2" not in capsys.readouterr().err

@@ -62,27 +62,3 @@ def test_killed_while_packages_are_unpacked(host):
     # Also what came in the run that was killed.
     unprovision(machine)
     assert difference(before, machine.state()) == []
-
-
-def test_the_network_goes_half_way(host, mirror):
-    machine = host("bookworm")
-    address = re.escape(mirror.address.removeprefix("http://"))
-    unreached = rf"apt cannot reach ({address}|deb\.debian\.org) \(.+\), needed for"
-    for answered, problem in (
-        (0, rf"key of docker: cannot load http://{address}/docker/gpg \(.+\)"),
-        (2, rf"{unreached} the source docker"),
-        (8, rf"{unreached} docker-ce, docker-ce-cli, .*"),
-    ):
-        mirror.fail_after(answered)
-        failed = provision(machine, "--tags", "docker", check=False)
-        assert (failed.returncode, failed.recap["failed"], mirror.gone()) == (2, 1, True)
-        said = " ".join(failed.stdout.partition("    msg: ")[2].partition("    stderr:")[0].split())
-        remedy = "check the network, proxy or mirror, then run the play again: it goes on where it stopped"
-        assert re.fullmatch(rf"'?{problem}; {remedy}(; nothing was changed)?'?", said), said
-        mirror.up()
-    assert "docker-ce" not in machine.state()["packages"]
-
-    provision(machine, "--tags", "docker")
-    assert machine.run("docker info --format '{{.ServerVersion}}'", user="owner").stdout.strip()
-    third = provision(machine, "--tags", "docker")
-    assert third.recap["changed"] == 0, third.tasks_changed
