@@ -379,3 +379,11 @@ if __name__ == "__main__":
     if refusal:
         sys.exit(refusal)
     print(json.dumps(probe(*sys.argv[1:2]).to_dict(), indent=2))
+
+
+def resident_bytes() -> int:
+    """RAM of this process, as `recipe plan` counts it: RssAnon and RssShmem, without files that are mapped."""
+    with open("/proc/self/status") as status:
+        return sum(
+            int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon:", "RssShmem:"))
+        )

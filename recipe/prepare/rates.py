@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipe.files import GIB
+from recipe.hardware import resident_bytes
 
 MIB = 2**20
 SAMPLE_SECONDS = 0.1
@@ -104,14 +105,6 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             self.bytes = max(self.bytes, resident_bytes())
-
-
-def resident_bytes() -> int:
-    """RssAnon and RssShmem of this process."""
-    with open("/proc/self/status") as status:
-        return sum(
-            int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon:", "RssShmem:"))
-        )
 
 
 def _mib_per_second(size: int, seconds: float) -> float:

@@ -6,12 +6,12 @@ import math
 import time
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
 from recipe import sensors
+from recipe.hardware import resident_bytes
 from recipe.sensors import NoSensors
 from recipe.settings import Train
 from recipe.train import checkpoint
@@ -72,7 +72,7 @@ class Watch(TrainerCallback):
         shared = torch.tensor(
             [
                 tokens,
-                psutil.Process().memory_info().rss / GIB,
+                resident_bytes() / GIB,
                 float(self.stopper.asked),
                 float(failed and not self.told_failure),
             ],

@@ -190,7 +190,7 @@ CHILD = """
     from pathlib import Path
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # memory grows with the workers
     from recipe.prepare.quantise import quantise
-    from recipe.prepare.rates import resident_bytes
+    from recipe.hardware import resident_bytes
     from recipe.prepare.source import Source
     from recipe.settings import Quantization
     from transformers.models.llama import modeling_llama

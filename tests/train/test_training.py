@@ -125,11 +125,13 @@ def test_the_run_folder_is_as_promised(place, runs):
 def test_every_step_has_its_line_of_metrics(runs):
     lines = jsonl(runs / "whole" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    parts = json.loads((runs / "whole" / "plan.json").read_text())["host_parts"]
+    planned = sum(part["gib"] for part in parts if part["name"] != "launcher")  # which is no rank
     for line in lines:
         assert list(line) == METRICS
         assert 0 < line["tokens"] <= 512
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"], rel=0.01)
-        assert line["host_ram_gib"] > 0.2
+        assert line["host_ram_gib"] == pytest.approx(planned, rel=0.2), "as the plan counts it"
     rates = [line["learning_rate"] for line in lines]
     assert rates[1] < rates[2] and max(rates) == pytest.approx(5e-3) and rates[-1] < rates[-2]
 
