@@ -140,7 +140,7 @@ def test_one_gpu_goes_on_with_the_plans_figures_where_its_ram_suffices(host):
     standins.meminfo(machine, total_gib=16, available_gib=12)
     said = refused(look(machine, checks_ignore=["disk"], **CONFIG_70B), "ram")["ram"]
     assert "16.0 GiB; expected 28.8 GiB for the plan; host RAM: 28.8 GiB needed, 16.0 there" in said
-    assert "would fit: 29 GiB of RAM, or 2 more GPUs of 24 GiB" in said
+    assert "would fit: 29 GiB of RAM, or 1 more GPU of 24 GiB" in said
     assert difference(before, machine.state()) == []
 
 
