@@ -24,7 +24,7 @@ from recipe.train.run import Run, read_jsonl
 
 pytestmark = pytest.mark.slow
 STEPS = 50
-TOKENS = 128
+TOKENS = 192
 CONFIG = "recipe/configs/smollm2-135m.yaml"
 SETTINGS = {
     "lora.dropout": 0,
