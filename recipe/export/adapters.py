@@ -7,17 +7,17 @@ adapters (accelerate PR 4206); such a folder fails here.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from recipe import __version__
 from recipe.data.sources import names
 from recipe.errors import Refused
+from recipe.export.plain import finished_checkpoint
+from recipe.export.reference import Found, Texts, Tool, ask, keep, other_texts, texts_of
 from recipe.files import read_json, require_space, sha256_of, write_json, write_text, written_aside
 from recipe.settings import Settings
 from recipe.train.run import Run
@@ -32,8 +32,6 @@ def export(run: Run) -> dict[str, Any]:
 
     Raises UserError where the run cannot be exported, Refused where the verification fails.
     """
-    from recipe.export.plain import finished_checkpoint
-
     checkpoint = finished_checkpoint(run)
     summary, manifest = read_json(run.summary), read_json(run.manifest)
     weights = checkpoint / "adapters.safetensors"
@@ -42,9 +40,28 @@ def export(run: Run) -> dict[str, Any]:
         shutil.copyfile(weights, aside / "adapter_model.safetensors")
         _write_config(run, manifest, aside)
         write_text(aside / "README.md", model_card(run, summary, manifest))
-        result = _verify(run, aside, summary)
+        texts = texts_of(run)
+        found = _verify(run, aside, summary, texts)
+        result = {
+            "kind": "adapters",
+            "verified_by": "plain PEFT + transformers, fresh process",
+            "tensors": _count(aside / "adapter_model.safetensors"),
+            "held_out_loss": {
+                "plain_peft": found.loss,
+                "trainer": summary["held_out_loss"],
+                "tolerance": TOLERANCE[summary["compute_dtype"]],
+            },
+            "answers": len(found.answers),
+            "sha256": {path.name: sha256_of(path) for path in sorted(aside.iterdir())},
+        }
         write_json(aside / "export.json", result)
+    keep(run, result["sha256"]["adapter_model.safetensors"], texts, found)
     return {"folder": str(run.adapters), **result}
+
+
+def _count(weights: Path) -> int:
+    with safe_open(weights, framework="pt") as tensors:
+        return len(tensors.keys())
 
 
 def render(result: dict[str, Any]) -> str:
@@ -75,36 +92,28 @@ def _write_config(run: Run, manifest: dict[str, Any], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _verify(run: Run, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Raises Refused where the fresh process finds other tensors or another loss."""
-    done = subprocess.run(
-        [sys.executable, "-m", "recipe.export.verify", str(run.folder), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Refused(f"RUN={run.name}: plain PEFT cannot load the adapters ({last}); nothing was exported")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    if found["different"]:
+def _verify(run: Run, folder: Path, summary: dict[str, Any], texts: Texts) -> Found:
+    """Raises Refused where the fresh process finds other tensors, another loss or another tokenizer."""
+    model = Path(read_json(run.manifest)["model"]["folder"])
+    tool = Tool("plain PEFT", model, folder, summary["compute_dtype"], adapters=[(folder, 1.0)])
+    try:
+        found = ask(tool, texts)
+    except Refused as error:
+        raise Refused(f"RUN={run.name}: {error}; nothing was exported") from None
+    if found.different:
         raise Refused(
-            f"RUN={run.name}: {len(found['different'])} of {found['tensors']} tensors are not as written after loading "
-            f"(first: {found['different'][0]}); nothing was exported"
+            f"RUN={run.name}: {len(found.different)} tensors are not as written after loading "
+            f"(first: {found.different[0]}); nothing was exported"
         )
-    expected, loss = summary["held_out_loss"], found["held_out_loss"]
-    tolerance = TOLERANCE[summary["compute_dtype"]]
-    if expected is not None and not abs(loss - expected) <= tolerance:
+    expected, tolerance = summary["held_out_loss"], TOLERANCE[summary["compute_dtype"]]
+    if expected is not None and not (found.loss is not None and abs(found.loss - expected) <= tolerance):
         raise Refused(
-            f"RUN={run.name}: the exported adapters give a held-out loss of {loss:.6f}, the trainer's was {expected:.6f} "
-            f"(tolerance {tolerance:g}); nothing was exported"
+            f"RUN={run.name}: the exported adapters give a held-out loss of {found.loss:.6f}, the trainer's was "
+            f"{expected:.6f} (tolerance {tolerance:g}); nothing was exported"
         )
-    return {
-        "verified_by": "plain PEFT + transformers, fresh process",
-        "tensors": found["tensors"],
-        "held_out_loss": {"plain_peft": loss, "trainer": expected, "tolerance": tolerance},
-        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-    }
+    if wrong := other_texts(texts, found):
+        raise Refused(f"RUN={run.name}: {wrong}; nothing was exported")
+    return found
 
 
 def model_card(run: Run, summary: dict[str, Any], manifest: dict[str, Any]) -> str:

@@ -5,30 +5,34 @@ Export, evaluation and chat load the model this way, so that what they say holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from recipe.data.encode import IGNORED
 from recipe.data.pack import MicroBatches
 from recipe.errors import UserError
+from recipe.export.scores import Score
+from recipe.export.scores import mean_loss as mean_of
 from recipe.train.run import Run
 
 Document = tuple[list[int], list[int]]  # input_ids, labels
 
 
 def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) -> PreTrainedModel | PeftModel:
-    """The NF4 model, spread over the GPUs there are, with the adapters of a PEFT folder on it."""
+    """A quantised or a plain model, spread over the GPUs there are, with the adapters of a PEFT folder on it."""
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(model_folder)
-    # The checkpoint names the dtype that GPUs compute in; here it is the run's.
-    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    if hasattr(config, "quantization_config"):
+        # The checkpoint names the dtype that GPUs compute in; here it is the run's.
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     place = {"": "cpu"} if not torch.cuda.is_available() else "auto"
     model = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=dtype, device_map=place)
     # transformers keeps the stored dtype of what a quantised checkpoint holds unquantised, whatever `dtype` says.
@@ -43,7 +47,25 @@ def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) ->
     model.eval()
     if adapters is None:
         return model
-    return PeftModel.from_pretrained(model, str(adapters)).eval()
+    return with_adapters(model, [(adapters, 1.0)])
+
+
+def with_adapters(
+    model: PreTrainedModel, adapters: Sequence[tuple[str | Path, float]]
+) -> PreTrainedModel | PeftModel:
+    """The model with PEFT folders on it, each with a weight (1: as it was trained)."""
+    if not adapters:
+        return model
+    names = ["default", *(f"other-{number}" for number in range(1, len(adapters)))]
+    tuned = PeftModel.from_pretrained(model, str(adapters[0][0]))
+    for name, (folder, _) in list(zip(names, adapters, strict=True))[1:]:
+        tuned.load_adapter(str(folder), name)
+    tuned.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode=True)
+    for module in tuned.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                module.set_scale(name, weight)
+    return tuned.eval()
 
 
 def held_out_documents(run: Run) -> list[Document]:
@@ -55,24 +77,31 @@ def held_out_documents(run: Run) -> list[Document]:
 
 
 @torch.no_grad()
-def mean_loss(model, documents: list[Document], pad: int, batch_size: int = 8) -> float:
-    """Mean cross-entropy per labelled token, from padded batches and full logits: another way than the trainer's."""
-    total, count = 0.0, 0
-    ordered = sorted(documents, key=lambda document: len(document[0]))
+def token_scores(model, documents: Sequence[Document], pad: int, batch_size: int = 8) -> list[Score]:
+    """Of each document, from padded batches and full logits: another way than the trainer's."""
+    found: dict[int, Score] = {}
+    ordered = sorted(range(len(documents)), key=lambda number: len(documents[number][0]))
     for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
+        numbers = ordered[start : start + batch_size]
+        batch = [documents[number] for number in numbers]
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in batch])
-        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch])
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        targets = labels[:, 1:].to(logits.device)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        total += losses.item()
-        count += int((targets != IGNORED).sum())
-    return total / max(count, 1)
+        for number, (_, labels), row in zip(numbers, batch, logits, strict=True):
+            targets = torch.tensor(labels[1:], device=row.device)
+            kept = targets != IGNORED
+            mine = row[: len(targets)][kept].float()
+            labelled = mine.gather(1, targets[kept, None])[:, 0]
+            loss = (mine.logsumexp(1) - labelled).sum().item()
+            gap = (mine.amax(1) - labelled).max().item() if kept.any() else 0.0
+            found[number] = Score(loss, int(kept.sum()), gap)
+    return [found[number] for number in range(len(documents))]
+
+
+def mean_loss(model, documents: Sequence[Document], pad: int, batch_size: int = 8) -> float:
+    """Mean cross-entropy per labelled token."""
+    return mean_of(token_scores(model, documents, pad, batch_size))
 
 
 def prompts_and_answers(
@@ -89,11 +118,11 @@ def prompts_and_answers(
 
 
 @torch.no_grad()
-def answers(
-    model, prompts: list[list[int]], tokenizer, max_new_tokens: int, batch_size: int
-) -> Iterator[str]:
-    """Greedy answers, in batches padded on the left."""
-    pad = pad_token(tokenizer)
+def greedy(
+    model, prompts: Sequence[list[int]], tokenizer, max_new_tokens: int, batch_size: int
+) -> Iterator[list[int]]:
+    """The tokens of each greedy answer, with the EOS that ends it; in batches padded on the left."""
+    pad, end = pad_token(tokenizer), tokenizer.eos_token_id
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(len(ids) for ids in batch)
@@ -105,13 +134,21 @@ def answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end,
             temperature=None,
             top_p=None,
             top_k=None,
         )
-        for row in output[:, width:]:
-            yield tokenizer.decode(row, skip_special_tokens=True).strip()
+        for row in output[:, width:].tolist():
+            yield row[: row.index(end) + 1] if end in row else row
+
+
+def answers(
+    model, prompts: Sequence[list[int]], tokenizer, max_new_tokens: int, batch_size: int
+) -> Iterator[str]:
+    """Greedy answers as text."""
+    for ids in greedy(model, prompts, tokenizer, max_new_tokens, batch_size):
+        yield tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
