@@ -8,7 +8,6 @@ state with the one that wrote the export, and what it says can be compared betwe
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
