@@ -1,10 +1,13 @@
 """The other tool: plain transformers + PEFT on the plain quantised model, without a line of our engine.
 
-Export, evaluation and chat load the model this way, so that what they say holds for anybody who loads the result.
+Export, evaluation and chat load the model this way, so that what they say holds for anybody who loads the result. Where
+the GPUs are too small for that, recipe/export/streamed.py puts the same modules together with layers in host RAM.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,23 +21,36 @@ from transformers.utils import logging
 from recipe.data.encode import IGNORED
 from recipe.data.pack import MicroBatches
 from recipe.errors import UserError
+from recipe.export.spread import FORWARD_TOKENS, LOSS_TOKENS, Sizes, Spread, Work, place, rooms
+from recipe.files import read_json
+from recipe.plan.shapes import read_config, shape_from_config
 from recipe.train.run import Run
 
 Document = tuple[list[int], list[int]]  # input_ids, labels
 
 
-def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) -> PreTrainedModel | PeftModel:
-    """The NF4 model, spread over the GPUs there are, with the adapters of a PEFT folder on it."""
+def load_plain(
+    model_folder: Path,
+    dtype: torch.dtype,
+    adapters: Path | None,
+    work: Work | None = None,
+    cap_bytes: int | None = None,
+) -> PreTrainedModel | PeftModel:
+    """The NF4 model with the adapters of a PEFT folder on it, on the GPUs there are, else on the CPU.
+
+    work: what will be asked of it at once, for which room is left. cap_bytes: of each GPU, at most. Layers that fit on
+    no GPU stay in host RAM. Raises Refused where that is too small.
+    """
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(model_folder)
-    # The checkpoint names the dtype that GPUs compute in; here it is the run's.
-    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    place = {"": "cpu"} if not torch.cuda.is_available() else "auto"
-    model = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=dtype, device_map=place)
-    # transformers keeps the stored dtype of what a quantised checkpoint holds unquantised, whatever `dtype` says.
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # KV caches grow by every token
+    spread = spread_of(model_folder, dtype, adapters, work or Work(), cap_bytes)
+    if spread.plain:
+        model = _from_pretrained(model_folder, dtype, spread)
+    else:
+        from recipe.export.streamed import load_streamed
+
+        print(f"the model is larger than GPU memory: {spread.describe()}", file=sys.stderr)
+        model = load_streamed(model_folder, dtype, spread)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On CPUs with bf16 instructions bitsandbytes repacks a layer in inference and computes in bf16, whatever
@@ -44,6 +60,36 @@ def load_plain(model_folder: Path, dtype: torch.dtype, adapters: Path | None) ->
     if adapters is None:
         return model
     return PeftModel.from_pretrained(model, str(adapters)).eval()
+
+
+def spread_of(
+    model_folder: Path, dtype: torch.dtype, adapters: Path | None, work: Work, cap_bytes: int | None = None
+) -> Spread:
+    """Where the model's parts are to lie on this machine."""
+    config = model_folder / "config.json"
+    described = read_config(config)
+    nested = described.get("quantization_config", {}).get("bnb_4bit_use_double_quant", True)
+    adapter_bytes, trained_tokens = 0, False
+    if adapters is not None:
+        adapter_bytes = (adapters / "adapter_model.safetensors").stat().st_size
+        trained_tokens = bool(read_json(adapters / "adapter_config.json").get("trainable_token_indices"))
+    shape = shape_from_config(described, str(config))
+    sizes = Sizes.of(shape, nested, dtype, work, adapter_bytes, trained_tokens)
+    return place(sizes, rooms(cap_bytes) if torch.cuda.is_available() else [])
+
+
+def _from_pretrained(model_folder: Path, dtype: torch.dtype, spread: Spread) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(model_folder)
+    # The checkpoint names the dtype that GPUs compute in; here it is the run's.
+    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, config=config, dtype=dtype, device_map=spread.device_map
+    )
+    # transformers keeps the stored dtype of what a quantised checkpoint holds unquantised, whatever `dtype` says.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def held_out_documents(run: Run) -> list[Document]:
@@ -58,21 +104,33 @@ def held_out_documents(run: Run) -> list[Document]:
 def mean_loss(model, documents: list[Document], pad: int, batch_size: int = 8) -> float:
     """Mean cross-entropy per labelled token, from padded batches and full logits: another way than the trainer's."""
     total, count = 0.0, 0
-    ordered = sorted(documents, key=lambda document: len(document[0]))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
+    for batch in _batches(sorted(documents, key=lambda document: len(document[0])), batch_size):
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in batch])
         labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch])
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
         targets = labels[:, 1:].to(logits.device)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        total += losses.item()
-        count += int((targets != IGNORED).sum())
+        where = (targets != IGNORED).nonzero()
+        for some in where.split(LOSS_TOKENS):  # in fp32 they would take three times the room
+            rows, places = some.unbind(1)
+            total += torch.nn.functional.cross_entropy(
+                logits[rows, places].float(), targets[rows, places], reduction="sum"
+            ).item()
+        count += len(where)
     return total / max(count, 1)
+
+
+def _batches(documents: list[Document], batch_size: int) -> Iterator[list[Document]]:
+    """Of up to `batch_size` texts in ascending length, and of FORWARD_TOKENS tokens where one text is not longer."""
+    batch: list[Document] = []
+    for document in documents:
+        if len(batch) == batch_size or (batch and len(document[0]) * (len(batch) + 1) > FORWARD_TOKENS):
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
 
 
 def prompts_and_answers(
@@ -103,15 +161,21 @@ def answers(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **GREEDY,
+            **in_pieces(len(batch), width),
         )
         for row in output[:, width:]:
             yield tokenizer.decode(row, skip_special_tokens=True).strip()
+
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def in_pieces(rows: int, width: int) -> dict[str, int]:
+    """An option of `generate` for prompts of `width` tokens: no more than FORWARD_TOKENS pass the layers at once."""
+    return {"prefill_chunk_size": max(1, FORWARD_TOKENS // rows)} if rows * width > FORWARD_TOKENS else {}
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -133,8 +197,6 @@ def finished_checkpoint(run: Run) -> Path:
 
     if not run.finished:
         raise UserError(f"RUN={run.name}: is not finished; go on with `make train RUN={run.name}` first")
-    from recipe.files import read_json
-
     folder = run.folder / "checkpoints" / read_json(run.summary)["checkpoint"]
     if damaged := damaged_files(folder):
         raise UserError(f"{folder}: {', '.join(damaged)} is missing or damaged; train again or restore it")
