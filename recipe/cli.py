@@ -238,6 +238,11 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
         help="two-cards: all that is claimed of two GPUs, against what it must be; plan: what was foreseen against "
         "what real trainings take",
     )
+    bench.add_argument(
+        "--decode",
+        action="store_true",
+        help="tokens/s of answers in place of training, as chat and eval give them",
+    )
     bench.add_argument("--output", metavar="FOLDER", help="for the results of a suite: JSON, figures, report")
 
 

@@ -61,6 +61,10 @@ def run(arguments: Namespace) -> int:
         from recipe.bench import planned, suite
 
         return (planned if arguments.suite == planned.PLAN else suite).run(arguments)
+    if arguments.decode:
+        from recipe.bench import decode
+
+        return decode.run(arguments)
     machine = probe(".")
     specs = specs_of(arguments, machine)
     say(f"{len(specs)} measurements: " + ", ".join(f"{spec.name} {spec.tokens}" for spec in specs))

@@ -17,10 +17,9 @@ from transformers import AutoConfig, PretrainedConfig
 from recipe.engine.build import Build, make_engine, small_tensors, start_adapters
 from recipe.engine.checkpoint import Checkpoint
 from recipe.engine.engine import Engine
-from recipe.engine.layout import BLOCK, MODULES, Constants
+from recipe.engine.layout import BLOCK, MODULES, Constants, Layout, Piece
 from recipe.engine.memory import EmbeddingTable
 from recipe.engine.rows import rows_of_rank
-from recipe.engine.weights import LayerStore
 from recipe.errors import UserError
 from recipe.plan.shapes import shape_from_config
 
@@ -40,7 +39,7 @@ def load_sharded(folder: Path, build: Build, seed: int) -> PeftModel:
     with Checkpoint(folder) as checkpoint:
         shape = shape_from_config(json.loads((folder / "config.json").read_text()), f"{folder}/config.json")
         size = (shape.vocab, shape.hidden)
-        nested = _is_nested(checkpoint)
+        nested = is_nested(checkpoint)
         build.mark("build the model")
         embedding = EmbeddingTable.from_checkpoint(checkpoint, EMBEDDING, size)
         model = make_engine(model_config(folder), shape, build, nested, embedding)
@@ -74,7 +73,7 @@ def model_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _is_nested(checkpoint: Checkpoint) -> bool:
+def is_nested(checkpoint: Checkpoint) -> bool:
     """Whether the absmax constants are quantised too. Raises UserError where the layers are no bitsandbytes NF4."""
     name = f"model.layers.0.{MODULES['q_proj']}.weight"
     if f"{name}.{STATE}" not in checkpoint:
@@ -93,7 +92,9 @@ def read_layers(model: PeftModel, checkpoint: Checkpoint, rank: int) -> None:
         prefix = f"model.layers.{index}."
         for name, module in MODULES.items():
             weight = f"{prefix}{module}.weight"
-            store.constants[index][name] = _constants(checkpoint, weight, store, codes)
+            store.constants[index][name] = read_constants(
+                checkpoint, weight, store.layout.nested, store.device, codes
+            )
         for name, shape in small_tensors(layer):
             value = checkpoint.read(prefix + name, shape)
             store.small[index][name] = value.to(store.device, engine.adapters.dtype)
@@ -107,33 +108,39 @@ def read_layers(model: PeftModel, checkpoint: Checkpoint, rank: int) -> None:
             if not hasattr(staging, "slice"):
                 staging.slice = torch.empty(len(shard), dtype=torch.uint8)
             target = staging.slice
-        for piece, start, end, place in held:
-            checkpoint.read_bytes(
-                f"model.layers.{index}.{piece.key}", start, target[place : place + end - start]
-            )
+        read_slice(checkpoint, index, held, target)
         if target is not shard:
             shard.copy_(target)
 
-    for index in range(len(store.shards)):
-        for piece in store.layout.pieces.values():
-            _check_size(checkpoint, f"model.layers.{index}.{piece.key}", piece.size)
+    check_sizes(checkpoint, store.layout, len(store.shards))
     with ThreadPoolExecutor(READERS) as readers:
         engine.mark("load layer", 0)
         for done, _ in enumerate(readers.map(read, range(len(store.shards))), 1):
             engine.mark("load layer", done)
 
 
-def _check_size(checkpoint: Checkpoint, name: str, expected: int) -> None:
-    stored = checkpoint.stored(name)
-    if stored.nbytes != expected:
-        raise UserError(
-            f"{stored.file}: {name} has {stored.nbytes} bytes, expected {expected} from config.json; "
-            "weights and config are of different models"
-        )
+def read_slice(
+    checkpoint: Checkpoint, index: int, held: list[tuple[Piece, int, int, int]], target: torch.Tensor
+) -> None:
+    """What is held of a layer (Layout.of_rank) into `target` (slice_bytes,) uint8 on the CPU."""
+    for piece, start, end, place in held:
+        checkpoint.read_bytes(f"model.layers.{index}.{piece.key}", start, target[place : place + end - start])
 
 
-def _constants(
-    checkpoint: Checkpoint, weight: str, store: LayerStore, codes: dict[bytes, torch.Tensor]
+def check_sizes(checkpoint: Checkpoint, layout: Layout, layers: int) -> None:
+    for index in range(layers):
+        for piece in layout.pieces.values():
+            name = f"model.layers.{index}.{piece.key}"
+            stored = checkpoint.stored(name)
+            if stored.nbytes != piece.size:
+                raise UserError(
+                    f"{stored.file}: {name} has {stored.nbytes} bytes, expected {piece.size} from config.json; "
+                    "weights and config are of different models"
+                )
+
+
+def read_constants(
+    checkpoint: Checkpoint, weight: str, nested: bool, device: torch.device, codes: dict[bytes, torch.Tensor]
 ) -> Constants:
     """Offset and code of a matrix; the code is the same for all, and held once."""
     found = checkpoint.constants(weight)
@@ -143,8 +150,8 @@ def _constants(
     try:
         described = json.loads(bytes(state.tolist()))
         block_size = described["blocksize"]
-        offset = float(described["nested_offset"]) if store.layout.nested else 0.0
-        code = found["nested_quant_map"] if store.layout.nested else None
+        offset = float(described["nested_offset"]) if nested else 0.0
+        code = found["nested_quant_map"] if nested else None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint.stored(weight).file}: what describes {weight} is damaged ({error}), expected bitsandbytes' "
@@ -159,5 +166,5 @@ def _constants(
         return Constants()
     key = code.numpy().tobytes()
     if key not in codes:
-        codes[key] = code.to(store.device)
+        codes[key] = code.to(device)
     return Constants(codes[key], offset)

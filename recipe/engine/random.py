@@ -83,15 +83,8 @@ def random_config(shape: ModelShape) -> PretrainedConfig:
 
 
 def random_embedding(shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> EmbeddingTable:
-    """A table in a file that has no name any more: it goes when the processes end."""
-    made: list[str] = [""]
-    if mesh.get_local_rank() == 0:
-        descriptor, made[0] = tempfile.mkstemp(prefix="embedding-")
-        with open(descriptor, "wb") as file:
-            for first in range(0, shape.vocab, CHUNK_ROWS):
-                rows = min(CHUNK_ROWS, shape.vocab - first)
-                block = torch.randn(rows, shape.hidden, device=device).bfloat16() * DEVIATION
-                file.write(block.cpu().view(torch.uint8).numpy().tobytes())
+    """A table that all ranks of a host share."""
+    made = [write_table(shape, device) if mesh.get_local_rank() == 0 else ""]
     if mesh.size() > 1:
         dist.broadcast_object_list(made, src=0)
     table = EmbeddingTable(Path(made[0]), 0, (shape.vocab, shape.hidden), torch.bfloat16)
@@ -100,3 +93,22 @@ def random_embedding(shape: ModelShape, mesh: DeviceMesh, device: torch.device) 
     if mesh.get_local_rank() == 0:
         os.unlink(made[0])
     return table
+
+
+def random_table(shape: ModelShape, device: torch.device) -> EmbeddingTable:
+    """A table of this process alone."""
+    made = write_table(shape, device)
+    table = EmbeddingTable(Path(made), 0, (shape.vocab, shape.hidden), torch.bfloat16)
+    os.unlink(made)
+    return table
+
+
+def write_table(shape: ModelShape, device: torch.device) -> str:
+    """A file that is to lose its name once it is mapped: it then goes when the processes end."""
+    descriptor, made = tempfile.mkstemp(prefix="embedding-")
+    with open(descriptor, "wb") as file:
+        for first in range(0, shape.vocab, CHUNK_ROWS):
+            rows = min(CHUNK_ROWS, shape.vocab - first)
+            block = torch.randn(rows, shape.hidden, device=device).bfloat16() * DEVIATION
+            file.write(block.cpu().view(torch.uint8).numpy().tobytes())
+    return made

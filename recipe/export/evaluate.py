@@ -18,6 +18,7 @@ from recipe.data.encode import load_tokenizer
 from recipe.engine.devices import compute_dtype
 from recipe.errors import UserError
 from recipe.export.plain import (
+    Document,
     adapters_off,
     answers,
     finished_checkpoint,
@@ -27,6 +28,7 @@ from recipe.export.plain import (
     pad_token,
     prompts_and_answers,
 )
+from recipe.export.spread import Work
 from recipe.export.tasks import find, scores
 from recipe.files import read_json, write_json, write_text
 from recipe.settings import Eval
@@ -34,12 +36,12 @@ from recipe.train.heldout import perplexity
 from recipe.train.run import Run
 
 
-def load_run(run: Run):
-    """The plain model of a finished run with its exported adapters, and its tokenizer."""
+def load_run(run: Run, work: Work | None = None):
+    """The plain model of a finished run with its exported adapters, and its tokenizer; work: as load_plain's."""
     folder = model_folder(run)
     settings = run.settings()
     tokenizer = load_tokenizer(folder, settings.data, settings.lora.new_tokens)
-    return load_plain(folder, compute_dtype(settings), run.adapters), tokenizer
+    return load_plain(folder, compute_dtype(settings), run.adapters, work), tokenizer
 
 
 def model_folder(run: Run) -> Path:
@@ -81,8 +83,8 @@ def evaluate(
     task_rows = settings.task_rows if task_rows is None else task_rows
     tasks = find(task_names, asked, task_rows) if task_names else None
     shown = shown_prompts(run, tokenizer, pairs, samples)
-    model, _ = load_run(run)
     prompts = [prompt for prompt, _ in pairs[: settings.exact_match]] + [one.ids for one in shown]
+    model, _ = load_run(run, _work(settings, prompts, documents))
     report: dict[str, Any] = {"run": run.name, "held_out_rows": len(documents)}
     given: dict[str, list[str]] = {}
     for name, off in (("base", True), ("tuned", False)):
@@ -112,6 +114,13 @@ def evaluate(
     write_json(run.folder / "eval.json", report)
     write_samples(run, report["samples"])
     return report
+
+
+def _work(settings: Eval, prompts: list[list[int]], documents: list[Document]) -> Work:
+    """A batch of answers, and the longest text whose loss is measured."""
+    rows = min(settings.batch_size, max(len(prompts), 1))
+    longest = max((len(ids) for ids in prompts), default=0)
+    return Work(rows, longest + settings.max_new_tokens, max(len(ids) for ids, _ in documents))
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ def plain(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from recipe.export.plain import greedy, load_plain, pad_token, token_scores, with_adapters
+    from recipe.export.plain import greedy, load_plain, pad_token, token_scores
 
-    dtype = getattr(torch, request["dtype"])
-    model = with_adapters(load_plain(Path(request["model"]), dtype, None), request["adapters"])
+    adapters = [(Path(folder), weight) for folder, weight in request["adapters"]]
+    model = load_plain(Path(request["model"]), getattr(torch, request["dtype"]), adapters)
     tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
     documents = [(ids, labels) for ids, labels in request["documents"]]
     found = {
-        "different": _different(model, request["adapters"]),
+        "different": _different(model, adapters),
         "answers": list(greedy(model, request["prompts"], tokenizer, request["max_new_tokens"], 8)),
         **_tokenised(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], request["texts"]),
         "chat_template": tokenizer.chat_template,
@@ -77,7 +77,7 @@ def _tokenised(tokenise, texts: list[tuple[str, list[int]]]) -> dict[str, Any]:
     return {"tokenised_otherwise": wrong}
 
 
-def _different(model, adapters: list[tuple[str, float]]) -> list[str]:
+def _different(model, adapters: list[tuple[Path, float]]) -> list[str]:
     """Tensors of the one adapter folder that are not in the model as they stand in the file."""
     import torch
     from peft import get_peft_model_state_dict
@@ -85,7 +85,7 @@ def _different(model, adapters: list[tuple[str, float]]) -> list[str]:
 
     if len(adapters) != 1:
         return []
-    written = load_file(Path(adapters[0][0]) / "adapter_model.safetensors")
+    written = load_file(adapters[0][0] / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model)
     return sorted(written.keys() ^ loaded.keys()) + sorted(
         name
