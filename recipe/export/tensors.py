@@ -45,6 +45,9 @@ class Tensors(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor on the CPU, the caller's own; may be called from several threads."""
 
+    def held_bytes(self, name: str) -> int:
+        """RAM that `read` needs, its result included."""
+
     def identity(self) -> list[Any]:
         """JSON that changes when the weights do."""
 
@@ -54,6 +57,9 @@ class Base(Tensors, Protocol):
 
     def fetch(self, name: str) -> Any:
         """What lies on the disk, as `exact` takes it."""
+
+    def fetched_bytes(self, name: str) -> int:
+        """RAM that what `fetch` gives takes."""
 
     def exact(self, fetched: Any, first: int, end: int) -> torch.Tensor:
         """Rows of a matrix: bf16 where it is stored so (then a view of what was fetched), else fp32."""
@@ -69,39 +75,38 @@ class Stored:
             raise UserError(
                 f"{folder}: config.json says that it is quantised, expected an unquantised checkpoint"
             )
-        self._checkpoint = Checkpoint(folder, FETCH_AGAIN)
-        _check_index(folder, self._checkpoint)
+        self.checkpoint = Checkpoint(folder, FETCH_AGAIN)
+        _check_index(folder, self.checkpoint)
         tied = bool(self.config.get("tie_word_embeddings"))
-        self._names = [name for name in self._checkpoint.tensors if not (tied and name == "lm_head.weight")]
+        self._names = [name for name in self.checkpoint.tensors if not (tied and name == "lm_head.weight")]
 
     def names(self) -> list[str]:
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.stored(name).shape
+        return self.checkpoint.stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored."""
-        return self._checkpoint.stored(name).dtype
+        return self.checkpoint.stored(name).dtype
 
     def read(self, name: str) -> torch.Tensor:
-        return self._checkpoint.read(name)
+        return self.checkpoint.read(name)
 
-    def read_values(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Some of its values, (end - first,), as if it had one dimension."""
-        size = self.dtype(name).itemsize
-        raw = torch.empty((end - first) * size, dtype=torch.uint8)
-        self._checkpoint.read_bytes(name, first * size, raw)
-        return raw.view(self.dtype(name))
+    def held_bytes(self, name: str) -> int:
+        return self.checkpoint.stored(name).nbytes
 
     def fetch(self, name: str) -> torch.Tensor:
         return self.read(name)
+
+    def fetched_bytes(self, name: str) -> int:
+        return self.held_bytes(name)
 
     def exact(self, fetched: torch.Tensor, first: int, end: int) -> torch.Tensor:
         return _exact_rows(fetched, first, end)
 
     def identity(self) -> list[Any]:
-        return _identity(self._checkpoint)
+        return _identity(self.checkpoint)
 
 
 class Dequantised:
@@ -148,6 +153,16 @@ class Dequantised:
         if not self.quantised(name):
             return packed
         return packed.flatten(), _with_absmax(self._states[name], self.absmax(name))
+
+    def fetched_bytes(self, name: str) -> int:
+        stored = self.checkpoint.stored(name).nbytes
+        return stored + 8 * stored // self._states[name].blocksize if self.quantised(name) else stored
+
+    def held_bytes(self, name: str) -> int:
+        """What is fetched, and the bf16 values beside it."""
+        values = torch.Size(self.shape(name)).numel() * torch.bfloat16.itemsize
+        in_place = not self.quantised(name) and self.checkpoint.stored(name).dtype == torch.bfloat16
+        return values + (0 if in_place else self.fetched_bytes(name))
 
     def absmax(self, name: str) -> torch.Tensor:
         """(blocks,) fp32: the largest value of each block of a weight."""
@@ -249,6 +264,12 @@ class Merged:
                 merged[first:end] = values
         return merged
 
+    def held_bytes(self, name: str) -> int:
+        """What is fetched and the result beside it, which for a bf16 base are one; a bound."""
+        fetched = self.base.fetched_bytes(name)
+        values = torch.Size(self.shape(name)).numel() * torch.bfloat16.itemsize
+        return fetched if fetched == values else fetched + values
+
     def identity(self) -> list[Any]:
         return [self.base.identity(), *(adapters.identity() for adapters in self.adapters)]
 
@@ -308,6 +329,14 @@ def _with_absmax(state: QuantState, absmax: torch.Tensor) -> QuantState:
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
+
+
+def values_of(checkpoint: Checkpoint, name: str, first: int, end: int) -> torch.Tensor:
+    """Some of a tensor's values, (end - first,), as if it had one dimension."""
+    dtype = checkpoint.stored(name).dtype
+    raw = torch.empty((end - first) * dtype.itemsize, dtype=torch.uint8)
+    checkpoint.read_bytes(name, first * dtype.itemsize, raw)
+    return raw.view(dtype)
 
 
 def _check_index(folder: Path, checkpoint: Checkpoint) -> None:
