@@ -94,7 +94,9 @@ KNOWN = {
     ),
     "qwen": _qwen("Qwen LICENSE AGREEMENT", "qwen", True, _MANY_USERS),
     "tongyi-qianwen": _qwen("Tongyi Qianwen LICENSE AGREEMENT", "tongyi-qianwen", False, _MANY_USERS),
-    "apache-2.0": Licence("Apache License 2.0", "apache-2.0", link="https://www.apache.org/licenses/LICENSE-2.0"),
+    "apache-2.0": Licence(
+        "Apache License 2.0", "apache-2.0", link="https://www.apache.org/licenses/LICENSE-2.0"
+    ),
     "mit": Licence("MIT License", "mit"),
 }
 
@@ -141,7 +143,12 @@ def licence_of(folder: Path, model: str) -> Licence:
         return replace(found, found_in="README.md", files=papers)
     if papers:
         return Licence(
-            f"see {papers[0].name}", "other", "see-licence", papers[0].name, found_in=papers[0].name, files=papers
+            f"see {papers[0].name}",
+            "other",
+            "see-licence",
+            papers[0].name,
+            found_in=papers[0].name,
+            files=papers,
         )
     name = model.rpartition("/")[2].lower()
     for pattern, key in _NAMES:
