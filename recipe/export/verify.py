@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipe.export.scores import Score
 from recipe.files import read_json, write_json
 
 
@@ -36,7 +35,10 @@ def plain(request: dict[str, Any]) -> dict[str, Any]:
     found = {
         "different": _different(model, adapters),
         "answers": list(greedy(model, request["prompts"], tokenizer, request["max_new_tokens"], 8)),
-        **_tokenised(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], request["texts"]),
+        **_tokenised(
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in request["texts"]],
+            request["texts"],
+        ),
         "chat_template": tokenizer.chat_template,
     }
     # As the prompts are answered in batches padded on the left, and the answers then scored in one pass padded on the right,
@@ -52,16 +54,17 @@ def llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp on the GGUF file `model`, with the GGUF adapter `lora` on it."""
     from recipe.export import llamacpp
 
+    model = Path(request["model"])
     lora = Path(request["lora"]) if request["lora"] else None
-    with llamacpp.opened(Path(request["model"])) as model:
-        scores: list[Score] = llamacpp.token_scores(model, request["documents"], lora)
-        return {
-            "different": [],
-            "answers": [],
-            **_tokenised(lambda text: llamacpp.tokenise(model, text), request["texts"]),
-            "chat_template": llamacpp.chat_template(model),
-            "scores": [[score.loss, score.tokens, score.gap] for score in scores],
-        }
+    scores = llamacpp.token_scores(model, request["documents"], lora)
+    tokens = llamacpp.tokenise(model, [text for text, _ in request["texts"]])
+    return {
+        "different": [],
+        "answers": [],
+        **_tokenised(tokens, request["texts"]),
+        "chat_template": llamacpp.chat_template(model),
+        "scores": [[score.loss, score.tokens, score.gap] for score in scores],
+    }
 
 
 def answered(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
@@ -71,9 +74,9 @@ def answered(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]
     return [*prompt, *answer], [IGNORED] * len(prompt) + answer
 
 
-def _tokenised(tokenise, texts: list[tuple[str, list[int]]]) -> dict[str, Any]:
+def _tokenised(found: list[list[int]], texts: list[tuple[str, list[int]]]) -> dict[str, Any]:
     """The first text that becomes other tokens than it should, None where there is none."""
-    wrong = next((text for text, ids in texts if list(tokenise(text)) != ids), None)
+    wrong = next((text for (text, ids), other in zip(texts, found, strict=True) if other != ids), None)
     return {"tokenised_otherwise": wrong}
 
 
