@@ -229,10 +229,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from recipe.export import adapters
+    from recipe.export import deliver
 
-    result = adapters.export(_existing_run(arguments))
-    _print(result) if arguments.json else print(adapters.render(result))
+    results = deliver.export(_existing_run(arguments), arguments)
+    _print(results[0] if len(results) == 1 else results) if arguments.json else print(deliver.render(results))
     return 0
 
 

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipe.data.encode import load_tokenizer
 from recipe.errors import Refused
 from recipe.export.evaluate import put_as_trained
+from recipe.export.peftfolder import Weighted
 from recipe.export.plain import Document, held_out_documents, prompts_and_answers
 from recipe.export.scores import Score, mean_loss
 from recipe.export.verify import answered
@@ -81,7 +82,7 @@ class Tool:
     model: Path
     tokenizer: Path
     dtype: str = "float32"
-    adapters: Sequence[tuple[Path, float]] = field(default=())
+    adapters: Sequence[Weighted] = ()
     lora: Path | None = None
 
 
@@ -118,7 +119,7 @@ def ask(tool: Tool, texts: Texts, answers: list[list[int]] | None = None) -> Fou
         "model": str(tool.model),
         "tokenizer": str(tool.tokenizer),
         "dtype": tool.dtype,
-        "adapters": [[str(folder), weight] for folder, weight in tool.adapters],
+        "adapters": [[str(one.folder), one.weight] for one in tool.adapters],
         "lora": str(tool.lora) if tool.lora else None,
         "documents": documents,
         "prompts": texts.prompts if answers is None else [],
