@@ -44,7 +44,7 @@ def write_gguf(
     name: str | None = None,
     licence: str | None = None,
 ) -> list[Fallback]:
-    """Write `target`; what fell back to another type. Nothing is left at `target` where it fails.
+    """Write `target`, of a kind of KINDS; what fell back to another type. Nothing is left at `target` where it fails.
 
     Raises UserError where the kind is unknown, or llama.cpp would compute something else than transformers does.
     """
@@ -200,9 +200,10 @@ def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], where: str) -> No
     if rope.get("beta_slow"):
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if rope.get("attention_factor") is not None:
-        # transformers puts it in the place of 0.1 ln(factor) + 1, llama.cpp multiplies that with it.
+        # transformers puts it in the place of 0.1 ln(factor) + 1, llama.cpp multiplies that with it
+        # (and does not read yarn_attn_factor, which its converter writes).
         usual = 0.1 * math.log(rope["factor"]) + 1
-        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"] / usual)
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / usual)
 
 
 def _rope_factors(rope: dict[str, Any], head_dim: int) -> list[float]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +35,7 @@ KINDS = {
 SMALLER_BLOCK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 CHUNK_VALUES = 2**22  # converted at a time by each thread: 16 MiB in fp32
+_LAYER = re.compile(r"^blk\.\d+\.")
 LAYERS_OF_70B = 80  # llama.cpp knows the size by it, and gives the small attn_v of such models more bits
 
 
@@ -44,8 +48,18 @@ class Fallback:
     got: str
     columns: int
 
-    def __str__(self) -> str:
-        return f"{self.tensor}: {self.got} instead of {self.wanted} (rows of {self.columns})"
+
+def summary(fallbacks: Sequence[Fallback]) -> list[str]:
+    """One line for each kind of them."""
+    kinds = Counter((f.got, f.wanted, f.columns, _LAYER.sub("", f.tensor)) for f in fallbacks)
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for (got, wanted, columns, name), count in kinds.items():
+        groups.setdefault((got, wanted, columns), []).append(f"{count} {name}")
+    return [
+        f"{got} instead of {wanted} (rows of {columns}, no multiple of {gguf.GGML_QUANT_SIZES[Type[wanted]][0]}): "
+        + ", ".join(names)
+        for (got, wanted, columns), names in groups.items()
+    ]
 
 
 @dataclass(frozen=True)

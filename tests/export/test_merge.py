@@ -1,7 +1,5 @@
 """A merge is what PEFT's own is, to the bit; into the NF4 base it is one rounding off; nothing half-written, nothing wrong."""
 
-import json
-import shutil
 
 import bitsandbytes as bnb
 import pytest
@@ -10,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from recipe.export.tensors import Dequantised, Merged, Stored, Weighted
-from tests.models import source_of, tiny_checkpoint, tiny_nf4
+from tests.models import tiny_checkpoint, tiny_nf4
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
