@@ -15,6 +15,7 @@ from recipe.export.card import card, kind_of, refresh
 from recipe.export.contents import check, contents
 from recipe.export.licence import copy_licence, licence_of
 from recipe.export.outcome import sparkline
+from recipe.export.publish import describe, publish
 from recipe.train.run import Run
 from tests.export.finished import LLAMA_LICENCE, finished_run, tree
 from tests.models import tiny_checkpoint
@@ -112,6 +113,7 @@ def test_energy_gpus_and_tasks_where_they_are_known(run):
     assert "````text\nasked:    ``` # what?\nbefore:   no\nafter:    yes\n````" in text
     assert ModelCard(text).data.datasets == ["org/rows"]
     assert 'from_pretrained("org/base", revision="c0ffee", quantization_config=nf4)' in text
+    assert len(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].splitlines()) == 4
 
 
 def test_what_the_export_found_is_told(good):
@@ -137,6 +139,7 @@ def test_an_evaluation_that_came_later_gets_into_the_card(run, good, tmp_path):
     assert f"| loss | {report['base']['loss']:.4f} | {report['tuned']['loss']:.4f} |" in text
     assert "expected: the answer is yes" in text
     check(contents(poet.adapters), "test")
+    assert "held-out rows with their answers" in describe(publish(poet.adapters, "me/poet", dry_run=True))
     assert {n for n, c in tree(poet.adapters).items() if c != before[n]} == {"README.md", "export.json"}
     assert not refresh(poet, poet.adapters, "adapters"), "nothing is new"
     (poet.adapters / "README.md").write_text("my own words")
