@@ -16,6 +16,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 60
 MOST_SAMPLES = 3
 SAMPLE_CHARACTERS = 400
+SAMPLES = "### Answers before and after"
 
 
 def curve(record: Record) -> str:
@@ -92,7 +93,7 @@ def evaluation(record: Record) -> str:
         [
             f"### Evaluation on {report.get('held_out_rows', '?')} held-out rows",
             table(("", "before", "after"), rows),
-            *(["### Answers before and after"] if samples else []),
+            *([SAMPLES] if samples else []),
             *samples,
         ]
     )
