@@ -1,14 +1,11 @@
 """A merge is what PEFT's own is, to the bit; into the NF4 base it is one rounding off; nothing half-written, nothing wrong."""
 
-<<<<<<< HEAD
-=======
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 from types import SimpleNamespace
->>>>>>> 98a77fdbbb15f8590f52a36b9ded3d219fb3a48d
 
 import bitsandbytes as bnb
 import pytest
@@ -21,14 +18,10 @@ from recipe.errors import UserError
 from recipe.export.base import check_base
 from recipe.export.merge import RECORD, write_merged
 from recipe.export.tensors import Dequantised, Merged, Stored, Weighted
-<<<<<<< HEAD
-from tests.models import tiny_checkpoint, tiny_nf4
-=======
 from recipe.files import read_json, write_json
 from recipe.prepare import prepare
 from recipe.settings import from_dict
 from tests.models import PRELOADED, source_of, tiny_checkpoint, tiny_nf4
->>>>>>> 98a77fdbbb15f8590f52a36b9ded3d219fb3a48d
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
