@@ -235,7 +235,10 @@ class Job:
     def _verified(self, kind: str, made: Made) -> dict[str, Any]:
         reference = self.reference if made.adapted else self.untuned
         texts = self.texts
-        found = ask(made.tool, texts, reference.answers)
+        try:
+            found = ask(made.tool, texts, reference.answers)
+        except Refused as error:
+            raise Refused(f"RUN={self.run.name}: {kind}: {error}; nothing was exported") from None
         bound = LOSS_BOUND[made.type] + COMPUTE_BOUND[self.dtype]
         largest = GAP_BOUND.get(made.type)
         gap = max(score.gap for score in found.answered)
