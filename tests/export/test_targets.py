@@ -161,7 +161,7 @@ def test_a_truncated_shard_does_not_pass(run, capsys, monkeypatch):
 
 def test_a_base_of_another_revision_is_refused(run, tmp_path, capsys):
     other = tiny_checkpoint(tmp_path / "other", seed=1)
-    refused(run, capsys, 2, ["--merge", "--base", str(other)], str(other), "model.", "revision")
+    refused(run, capsys, 2, ["--merge", "--base", str(other)], str(other), "has other values", "revision")
 
 
 def test_damaged_adapters_or_those_of_another_model_are_refused(run, capsys):
