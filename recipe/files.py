@@ -93,12 +93,17 @@ def publish(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def require_space(folder: Path, needed_bytes: float, what: str) -> None:
+def require_space(
+    folder: Path,
+    needed_bytes: float,
+    what: str,
+    remedy: str = "choose another disk with --set paths.models= / paths.runs=",
+) -> None:
     """Raises UserError where the disk that will hold `folder` has too little room for `what`."""
     existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
             f"{folder}: {free / GIB:.1f} GiB free, expected {needed_bytes / GIB:.1f} GiB for {what}; "
-            "free some space or choose another disk with --set paths.models= / paths.runs="
+            f"free some space or {remedy}"
         )

@@ -46,8 +46,9 @@ class Checkpoint:
     Where `recipe prepare` has left checksums beside a file, every block that is read is compared with them.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, remedy: str = PREPARE_AGAIN, single: str = SINGLE):
+        """`remedy` ends the messages; `single` is what the file is called where there is no index."""
+        self.folder, self.remedy = folder, remedy
         self.tensors: dict[str, Stored] = {}
         self._descriptors: dict[Path, int] = {}
         self._checksums: dict[Path, Any] = {}
@@ -57,10 +58,10 @@ class Checkpoint:
             names = (
                 sorted(set(json.loads(index.read_text())["weight_map"].values()))
                 if index.exists()
-                else [SINGLE]
+                else [single]
             )
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: is damaged, expected a weight_map; {PREPARE_AGAIN}") from None
+            raise UserError(f"{index}: is damaged, expected a weight_map; {self.remedy}") from None
         for name in names:
             self._open(folder / name)
         self._constants: dict[str, list[str]] = {}
@@ -78,13 +79,13 @@ class Checkpoint:
         self._descriptors.clear()
 
     def _open(self, path: Path) -> None:
-        for tensor in read_header(path, PREPARE_AGAIN):
+        for tensor in read_header(path, self.remedy):
             end = tensor.start + tensor.bytes
             self.tensors[tensor.name] = Stored(path, tensor.dtype, tensor.shape, tensor.start, end)
         self._descriptors[path] = os.open(path, os.O_RDONLY)
         checksums = block_checksums(path)
         if checksums is not None and len(checksums) != -(-self._size(path) // BLOCK_BYTES):
-            raise UserError(f"{path}: its checksums are of another file; {PREPARE_AGAIN}")
+            raise UserError(f"{path}: its checksums are of another file; {self.remedy}")
         self._checksums[path] = checksums
 
     def __contains__(self, name: str) -> bool:
@@ -94,7 +95,7 @@ class Checkpoint:
         """Where `name` lies; with `shape`, checked against it."""
         if name not in self.tensors:
             raise UserError(
-                f"{self.folder}: has no tensor {name}, which its config.json asks for; prepare it again"
+                f"{self.folder}: has no tensor {name}, which its config.json asks for; {self.remedy}"
             )
         found = self.tensors[name]
         if shape is not None and found.shape != tuple(shape):
@@ -164,7 +165,7 @@ class Checkpoint:
             begin = block * BLOCK_BYTES
             raise UserError(
                 f"{file}: is damaged (bytes {begin} to {begin + len(piece)} are not those that were written; found "
-                f"while reading {name}); {PREPARE_AGAIN}"
+                f"while reading {name}); {self.remedy}"
             )
 
     def verify(self, name: str, start: int, end: int) -> None:
@@ -183,5 +184,5 @@ class Checkpoint:
         while done < len(view):
             count = os.preadv(self._descriptors[file], [view[done:]], start + done)
             if count == 0:
-                raise UserError(f"{file}: ends at byte {start + done}; {PREPARE_AGAIN}")
+                raise UserError(f"{file}: ends at byte {start + done}; {self.remedy}")
             done += count

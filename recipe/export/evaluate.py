@@ -141,19 +141,16 @@ def shown_prompts(
         first = pairs[: settings.samples if count is None else count]
         return [Shown(tokenizer.decode(ids, skip_special_tokens=True), ids, answer) for ids, answer in first]
     form = read_json(run.manifest)["data"]
+    return [Shown(text, put_as_trained(text, form, tokenizer), None) for text in settings.prompts[:count]]
+
+
+def put_as_trained(text: str, form: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a question, put as the training rows put theirs. `form`: the manifest's `data`."""
+    if not form["messages"]:
+        return tokenizer(text)["input_ids"]
     opening = [{"role": "system", "content": form["system"]}] if form["system"] else []
-    found = []
-    for text in settings.prompts[:count]:
-        if form["messages"]:
-            whole = render_chat(
-                [*opening, {"role": "user", "content": text}], tokenizer, "eval.prompts", True
-            )
-        else:
-            whole = text
-        found.append(
-            Shown(text, tokenizer(whole, add_special_tokens=not form["messages"])["input_ids"], None)
-        )
-    return found
+    whole = render_chat([*opening, {"role": "user", "content": text}], tokenizer, "eval.prompts", True)
+    return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def write_samples(run: Run, samples: list[dict[str, Any]]) -> None:

@@ -8,42 +8,55 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import bitsandbytes as bnb
+import psutil
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from recipe.data.encode import IGNORED
 from recipe.data.pack import MicroBatches
 from recipe.errors import UserError
+from recipe.export.scores import Score
+from recipe.export.scores import mean_loss as mean_of
 from recipe.export.spread import FORWARD_TOKENS, LOSS_TOKENS, Sizes, Spread, Work, place, rooms
 from recipe.files import read_json
 from recipe.plan.shapes import read_config, shape_from_config
 from recipe.train.run import Run
 
 Document = tuple[list[int], list[int]]  # input_ids, labels
+RAM_SHARE, GPU_SHARE = 0.6, 0.7  # of what is free, for weights; the rest is for what is computed with them
+Weighted = tuple[Path, float]  # a PEFT folder, and how much of it (1: as it was trained)
 
 
 def load_plain(
     model_folder: Path,
     dtype: torch.dtype,
-    adapters: Path | None,
+    adapters: Path | Sequence[Weighted] | None,
     work: Work | None = None,
     cap_bytes: int | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The NF4 model with the adapters of a PEFT folder on it, on the GPUs there are, else on the CPU.
+    """The NF4 model with the adapters of a PEFT folder on it, or of several, on the GPUs there are, else on the CPU.
 
+    A model that is not quantised (a merged one, or the base that it came from) is spread by transformers itself.
     work: what will be asked of it at once, for which room is left. cap_bytes: of each GPU, at most. Layers that fit on
     no GPU stay in host RAM. Raises Refused where that is too small.
     """
     logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # KV caches grow by every token
-    spread = spread_of(model_folder, dtype, adapters, work or Work(), cap_bytes)
+    chosen = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
+    config = read_config(model_folder / "config.json")
+    if "quantization_config" not in config:
+        return with_adapters(_unquantised(model_folder, dtype), chosen)
+    folders = [folder for folder, _ in chosen]
+    spread = spread_of(model_folder, dtype, folders, work or Work(), cap_bytes)
     if spread.plain:
         model = _from_pretrained(model_folder, dtype, spread)
     else:
@@ -56,23 +69,39 @@ def load_plain(
             # On CPUs with bf16 instructions bitsandbytes repacks a layer in inference and computes in bf16, whatever
             # is asked for: 1e-3 of held-out loss. What is compared here must be computed in `dtype`.
             module.support_avx512bf16_for_cpu = False
-    model.eval()
-    if adapters is None:
-        return model
-    return PeftModel.from_pretrained(model, str(adapters)).eval()
+    return with_adapters(model, chosen)
+
+
+def with_adapters(model: PreTrainedModel, adapters: Sequence[Weighted]) -> PreTrainedModel | PeftModel:
+    if not adapters:
+        return model.eval()
+    names = ["default", *(f"other-{number}" for number in range(1, len(adapters)))]
+    tuned = PeftModel.from_pretrained(model, str(adapters[0][0]))
+    for name, (folder, _) in list(zip(names, adapters, strict=True))[1:]:
+        tuned.load_adapter(str(folder), name)
+    tuned.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode=True)
+    for module in tuned.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                module.set_scale(name, weight)
+    return tuned.eval()
 
 
 def spread_of(
-    model_folder: Path, dtype: torch.dtype, adapters: Path | None, work: Work, cap_bytes: int | None = None
+    model_folder: Path,
+    dtype: torch.dtype,
+    adapters: Sequence[Path],
+    work: Work,
+    cap_bytes: int | None = None,
 ) -> Spread:
     """Where the model's parts are to lie on this machine."""
     config = model_folder / "config.json"
     described = read_config(config)
     nested = described.get("quantization_config", {}).get("bnb_4bit_use_double_quant", True)
-    adapter_bytes, trained_tokens = 0, False
-    if adapters is not None:
-        adapter_bytes = (adapters / "adapter_model.safetensors").stat().st_size
-        trained_tokens = bool(read_json(adapters / "adapter_config.json").get("trainable_token_indices"))
+    adapter_bytes = sum((folder / "adapter_model.safetensors").stat().st_size for folder in adapters)
+    trained_tokens = any(
+        read_json(folder / "adapter_config.json").get("trainable_token_indices") for folder in adapters
+    )
     shape = shape_from_config(described, str(config))
     sizes = Sizes.of(shape, nested, dtype, work, adapter_bytes, trained_tokens)
     return place(sizes, rooms(cap_bytes) if torch.cuda.is_available() else [])
@@ -92,6 +121,25 @@ def _from_pretrained(model_folder: Path, dtype: torch.dtype, spread: Spread) -> 
     return model
 
 
+def _unquantised(model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Over GPUs, host RAM and, what fits in neither, as files that are read again in every pass."""
+    size = sum(path.stat().st_size for path in model_folder.glob("*.safetensors")) * dtype.itemsize / 2
+    free = int(psutil.virtual_memory().available * RAM_SHARE)
+    if not torch.cuda.is_available() and size < free:
+        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, device_map={"": "cpu"})
+    room: dict[int | str, int] = {
+        gpu: max(0, int(torch.cuda.mem_get_info(gpu)[0] * GPU_SHARE))
+        for gpu in range(torch.cuda.device_count())
+    }
+    return AutoModelForCausalLM.from_pretrained(
+        model_folder,
+        dtype=dtype,
+        device_map="auto",
+        max_memory={**room, "cpu": free},
+        offload_folder=tempfile.mkdtemp(prefix="offload-"),
+    )
+
+
 def held_out_documents(run: Run) -> list[Document]:
     """The held-out rows of a run, one by one, as they were tokenised for training."""
     rows = MicroBatches.open(run.folder / "data", "held_out")
@@ -101,34 +149,46 @@ def held_out_documents(run: Run) -> list[Document]:
 
 
 @torch.no_grad()
-def mean_loss(model, documents: list[Document], pad: int, batch_size: int = 8) -> float:
-    """Mean cross-entropy per labelled token, from padded batches and full logits: another way than the trainer's."""
-    total, count = 0.0, 0
-    for batch in _batches(sorted(documents, key=lambda document: len(document[0])), batch_size):
+def token_scores(model, documents: Sequence[Document], pad: int, batch_size: int = 8) -> list[Score]:
+    """Of each document, from padded batches and full logits: another way than the trainer's."""
+    found: list[Score | None] = [None] * len(documents)
+    ordered = sorted(range(len(documents)), key=lambda number: len(documents[number][0]))
+    for numbers in _batches(ordered, [len(ids) for ids, _ in documents], batch_size):
+        batch = [documents[number] for number in numbers]
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in batch])
-        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch])
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        targets = labels[:, 1:].to(logits.device)
-        where = (targets != IGNORED).nonzero()
-        for some in where.split(LOSS_TOKENS):  # in fp32 they would take three times the room
-            rows, places = some.unbind(1)
-            total += torch.nn.functional.cross_entropy(
-                logits[rows, places].float(), targets[rows, places], reduction="sum"
-            ).item()
-        count += len(where)
-    return total / max(count, 1)
+        for number, (_, labels), row in zip(numbers, batch, logits, strict=True):
+            found[number] = _score(row, torch.tensor(labels[1:], device=row.device))
+    return [score for score in found if score is not None]
 
 
-def _batches(documents: list[Document], batch_size: int) -> Iterator[list[Document]]:
+def _score(logits: torch.Tensor, targets: torch.Tensor) -> Score:
+    """Of one text, from its logits (tokens, vocabulary) and the token that comes after each, IGNORED where none counts."""
+    loss, gap = 0.0, 0.0
+    places = (targets != IGNORED).nonzero()[:, 0]
+    for some in places.split(LOSS_TOKENS):  # in fp32 they would take three times the room
+        mine = logits[some].float()
+        labelled = mine.gather(1, targets[some, None])[:, 0]
+        loss += (mine.logsumexp(1) - labelled).sum().item()
+        gap = max(gap, (mine.amax(1) - labelled).max().item())
+    return Score(loss, len(places), gap)
+
+
+def mean_loss(model, documents: Sequence[Document], pad: int, batch_size: int = 8) -> float:
+    """Mean cross-entropy per labelled token."""
+    return mean_of(token_scores(model, documents, pad, batch_size))
+
+
+def _batches(numbers: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Of up to `batch_size` texts in ascending length, and of FORWARD_TOKENS tokens where one text is not longer."""
-    batch: list[Document] = []
-    for document in documents:
-        if len(batch) == batch_size or (batch and len(document[0]) * (len(batch) + 1) > FORWARD_TOKENS):
+    batch: list[int] = []
+    for number in numbers:
+        if len(batch) == batch_size or (batch and lengths[number] * (len(batch) + 1) > FORWARD_TOKENS):
             yield batch
             batch = []
-        batch.append(document)
+        batch.append(number)
     if batch:
         yield batch
 
@@ -147,11 +207,11 @@ def prompts_and_answers(
 
 
 @torch.no_grad()
-def answers(
-    model, prompts: list[list[int]], tokenizer, max_new_tokens: int, batch_size: int
-) -> Iterator[str]:
-    """Greedy answers, in batches padded on the left."""
-    pad = pad_token(tokenizer)
+def greedy(
+    model, prompts: Sequence[list[int]], tokenizer, max_new_tokens: int, batch_size: int
+) -> Iterator[list[int]]:
+    """The tokens of each greedy answer, with the EOS that ends it; in batches padded on the left."""
+    pad, end = pad_token(tokenizer), tokenizer.eos_token_id
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(len(ids) for ids in batch)
@@ -162,12 +222,20 @@ def answers(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end,
             **GREEDY,
             **in_pieces(len(batch), width),
         )
-        for row in output[:, width:]:
-            yield tokenizer.decode(row, skip_special_tokens=True).strip()
+        for row in output[:, width:].tolist():
+            yield row[: row.index(end) + 1] if end in row else row
+
+
+def answers(
+    model, prompts: Sequence[list[int]], tokenizer, max_new_tokens: int, batch_size: int
+) -> Iterator[str]:
+    """Greedy answers as text."""
+    for ids in greedy(model, prompts, tokenizer, max_new_tokens, batch_size):
+        yield tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -25,7 +25,7 @@ from recipe.prepare.download import Failed, Stalled, ask_hub
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-SMALL_PREFIXES = ("LICENSE", "USE_POLICY")
+SMALL_PREFIXES = ("LICENSE", "USE_POLICY", "NOTICE", "README.md")  # the last says what licence it is
 
 
 class Unreachable(UserError):

@@ -30,7 +30,7 @@ from recipe.settings import Quantization
 
 RECORD = "prepare.json"
 SHARD_BYTES = 2 * 2**30  # one output shard per source file of the usual 5 GB
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*")
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "NOTICE*", "README.md")
 
 
 def quantise(
