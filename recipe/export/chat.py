@@ -100,9 +100,10 @@ class Talk:
             raise
         answers = {}
         for name in names:
-            if show and len(names) > 1:
-                print(f"{name}: ", end="", flush=True)
-            answers[name] = self._answer(ids, name, show)
+            with Stop() as stop:
+                if show and len(names) > 1:
+                    print(f"{name}: ", end="", flush=True)
+                answers[name] = self._answer(ids, name, show, stop)
         last = answers[names[-1]]
         self.history.append(
             {"role": "assistant", "content": last.text + STOPPED if last.stopped else last.text}
@@ -138,12 +139,12 @@ class Talk:
         text = render(self.history, self.tokenizer, "chat", prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _answer(self, ids: list[int], name: str, show: bool) -> Answer:
+    def _answer(self, ids: list[int], name: str, show: bool, stop: Stop) -> Answer:
         started = time.perf_counter()
         cache = self._cache(ids, name)
         inputs = torch.tensor([ids], device=self.model.device)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
-        with Stop() as stop, adapters_off(self.model, name == BASE), torch.inference_mode():
+        with adapters_off(self.model, name == BASE), torch.inference_mode():
             output = self.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
