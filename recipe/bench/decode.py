@@ -30,6 +30,7 @@ from recipe.export.spread import CPU, HOST, Sizes, Spread, Work, place, rooms
 from recipe.export.streamed import LayerStream, assemble
 from recipe.hardware import probe
 from recipe.plan.placement import spread as evenly
+from recipe.plan.shapes import ModelShape
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 BATCHES = (1, 8)
@@ -101,7 +102,7 @@ def build(spec: Spec) -> tuple[PeftModel, Spread]:
         spread = Spread((device,) * shape.layers, away, HOST, device, host_bytes)
     config = random_config(shape)
     config.use_cache = True
-    base = assemble(config, shape, dtype, spread, RandomBytes(spec))
+    base = assemble(config, shape, dtype, spread, RandomBytes(shape))
     base.generation_config.eos_token_id = None  # so that every answer has its length
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(MODULES), task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).eval()
@@ -116,16 +117,16 @@ class RandomBytes:
 
     nested = True
 
-    def __init__(self, spec: Spec):
-        self.shape, self.scale = spec.shape, DEVIATION / NF4_DEVIATION
-        self._layout = Layout.of(spec.shape, 1, nested=True)
+    def __init__(self, shape: ModelShape, deviation: float = DEVIATION):
+        self.shape, self.scale = shape, deviation / NF4_DEVIATION
+        self._layout = Layout.of(shape, 1, nested=True)
         size = min(REPEATED_BYTES, self._layout.size)
         self._bytes = torch.randint(0, 256, (size,), dtype=torch.uint8)
         self._code = create_dynamic_map()
 
     def fill(self, index: int, run: torch.Tensor) -> None:
         for part in run.split(len(self._bytes)):
-            part.copy_(self._bytes[: len(part)])
+            torch.bitwise_xor(self._bytes[: len(part)], index % 256, out=part)  # no layer is like another
         for piece in self._layout.pieces.values():
             if piece.key.endswith("nested_absmax"):
                 run[piece.start : piece.end].view(torch.float32).fill_(self.scale / 4)
