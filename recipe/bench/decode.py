@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from recipe.bench import described, say
-from recipe.bench.sample import GIB, Sampler
+from recipe.bench.sample import GIB, TreeMemory
 from recipe.bench.spec import Spec, base_spec
 from recipe.engine.layout import MODULES, Constants, Layout
 from recipe.engine.memory import EmbeddingTable
@@ -47,10 +47,7 @@ def run(arguments: Namespace) -> int:
     # Before CUDA begins in this process.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
-    with Sampler(os.getpid(), []) as samples:
-        result = measure(spec)
-    result["host_ram_gib"] = samples.peak.total / GIB
-    document = described(spec, machine) | {"decode": result}
+    document = described(spec, machine) | {"decode": measure(spec)}
     print(json.dumps(document, indent=2, ensure_ascii=False) if arguments.json else render(document))
     return 0
 
@@ -62,7 +59,8 @@ def measure(spec: Spec) -> dict[str, Any]:
     streams: list[LayerStream] = [s for s in model.get_base_model().streams if s.bytes_per_pass]
     link = [link_rate(stream) for stream in streams]
     copying = max((s.bytes_per_pass / rate for s, rate in zip(streams, link, strict=True)), default=0.0)
-    rows = []
+    rows, host = [], TreeMemory(os.getpid())
+    host_bytes = []  # between the measurements: a thread that looks would take its share of the interpreter
     for batch in BATCHES:
         for adapters in (True, False):
             row = answer(model, spec, batch, adapters)
@@ -71,6 +69,7 @@ def measure(spec: Spec) -> dict[str, Any]:
                 f"{batch} at once, adapters {'on' if adapters else 'off'}: {row['tokens_per_second']:.2f} tokens/s"
             )
             rows.append(row)
+            host_bytes.append(host.read().total)
     return {
         "spread": spread.describe(),
         "layers": spec.shape.layers,
@@ -82,6 +81,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "new_tokens": NEW_TOKENS,
         "peak_allocated_gib": _peak(torch.cuda.max_memory_allocated, spec.gpus),
         "peak_reserved_gib": _peak(torch.cuda.max_memory_reserved, spec.gpus),
+        "host_ram_gib": max(host_bytes) / GIB,
         "rows": rows,
     }
 
