@@ -140,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
         help="system message in place of the one that the training rows began with",
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
+    chat.add_argument("--both", action="store_true", help="an answer without the adapters and one with them")
     report = add(
         "report",
         "one HTML file of a run: curves, plan, data, samples, events",

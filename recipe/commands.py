@@ -239,9 +239,11 @@ def export(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     from recipe.export import chat
 
-    return chat.chat(
-        _existing_run(arguments), arguments.once, adapters=not arguments.base, system=arguments.system
-    )
+    if arguments.base and arguments.both:
+        raise UserError("--base and --both: expected one of them")
+    mode = "/base" if arguments.base else "/both" if arguments.both else "/tuned"
+    names = chat.MODES[mode]
+    return chat.chat(_existing_run(arguments), arguments.once, names, arguments.system, arguments.json)
 
 
 def report(arguments: argparse.Namespace) -> int:

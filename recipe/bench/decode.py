@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from recipe.bench import described, say
-from recipe.bench.sample import GIB, Sampler
+from recipe.bench.sample import GIB, TreeMemory
 from recipe.bench.spec import Spec, base_spec
 from recipe.engine.layout import MODULES, Constants, Layout
 from recipe.engine.memory import EmbeddingTable
@@ -30,6 +30,7 @@ from recipe.export.spread import CPU, HOST, Sizes, Spread, Work, place, rooms
 from recipe.export.streamed import LayerStream, assemble
 from recipe.hardware import probe
 from recipe.plan.placement import spread as evenly
+from recipe.plan.shapes import ModelShape
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 BATCHES = (1, 8)
@@ -46,10 +47,7 @@ def run(arguments: Namespace) -> int:
     # Before CUDA begins in this process.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
-    with Sampler(os.getpid(), []) as samples:
-        result = measure(spec)
-    result["host_ram_gib"] = samples.peak.total / GIB
-    document = described(spec, machine) | {"decode": result}
+    document = described(spec, machine) | {"decode": measure(spec)}
     print(json.dumps(document, indent=2, ensure_ascii=False) if arguments.json else render(document))
     return 0
 
@@ -61,7 +59,8 @@ def measure(spec: Spec) -> dict[str, Any]:
     streams: list[LayerStream] = [s for s in model.get_base_model().streams if s.bytes_per_pass]
     link = [link_rate(stream) for stream in streams]
     copying = max((s.bytes_per_pass / rate for s, rate in zip(streams, link, strict=True)), default=0.0)
-    rows = []
+    rows, host = [], TreeMemory(os.getpid())
+    host_bytes = []  # between the measurements: a thread that looks would take its share of the interpreter
     for batch in BATCHES:
         for adapters in (True, False):
             row = answer(model, spec, batch, adapters)
@@ -70,6 +69,7 @@ def measure(spec: Spec) -> dict[str, Any]:
                 f"{batch} at once, adapters {'on' if adapters else 'off'}: {row['tokens_per_second']:.2f} tokens/s"
             )
             rows.append(row)
+            host_bytes.append(host.read().total)
     return {
         "spread": spread.describe(),
         "layers": spec.shape.layers,
@@ -81,6 +81,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "new_tokens": NEW_TOKENS,
         "peak_allocated_gib": _peak(torch.cuda.max_memory_allocated, spec.gpus),
         "peak_reserved_gib": _peak(torch.cuda.max_memory_reserved, spec.gpus),
+        "host_ram_gib": max(host_bytes) / GIB,
         "rows": rows,
     }
 
@@ -101,7 +102,7 @@ def build(spec: Spec) -> tuple[PeftModel, Spread]:
         spread = Spread((device,) * shape.layers, away, HOST, device, host_bytes)
     config = random_config(shape)
     config.use_cache = True
-    base = assemble(config, shape, dtype, spread, RandomBytes(spec))
+    base = assemble(config, shape, dtype, spread, RandomBytes(shape))
     base.generation_config.eos_token_id = None  # so that every answer has its length
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(MODULES), task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).eval()
@@ -116,16 +117,16 @@ class RandomBytes:
 
     nested = True
 
-    def __init__(self, spec: Spec):
-        self.shape, self.scale = spec.shape, DEVIATION / NF4_DEVIATION
-        self._layout = Layout.of(spec.shape, 1, nested=True)
+    def __init__(self, shape: ModelShape, deviation: float = DEVIATION):
+        self.shape, self.scale = shape, deviation / NF4_DEVIATION
+        self._layout = Layout.of(shape, 1, nested=True)
         size = min(REPEATED_BYTES, self._layout.size)
         self._bytes = torch.randint(0, 256, (size,), dtype=torch.uint8)
         self._code = create_dynamic_map()
 
     def fill(self, index: int, run: torch.Tensor) -> None:
         for part in run.split(len(self._bytes)):
-            part.copy_(self._bytes[: len(part)])
+            torch.bitwise_xor(self._bytes[: len(part)], index % 256, out=part)  # no layer is like another
         for piece in self._layout.pieces.values():
             if piece.key.endswith("nested_absmax"):
                 run[piece.start : piece.end].view(torch.float32).fill_(self.scale / 4)

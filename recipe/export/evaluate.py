@@ -18,7 +18,6 @@ from recipe.data.encode import load_tokenizer
 from recipe.engine.devices import compute_dtype
 from recipe.errors import UserError
 from recipe.export.plain import (
-    Document,
     adapters_off,
     answers,
     finished_checkpoint,
@@ -84,7 +83,7 @@ def evaluate(
     tasks = find(task_names, asked, task_rows) if task_names else None
     shown = shown_prompts(run, tokenizer, pairs, samples)
     prompts = [prompt for prompt, _ in pairs[: settings.exact_match]] + [one.ids for one in shown]
-    model, _ = load_run(run, _work(settings, prompts, documents))
+    model, _ = load_run(run, Work.of(prompts, documents, settings.max_new_tokens, settings.batch_size))
     report: dict[str, Any] = {"run": run.name, "held_out_rows": len(documents)}
     given: dict[str, list[str]] = {}
     for name, off in (("base", True), ("tuned", False)):
@@ -114,13 +113,6 @@ def evaluate(
     write_json(run.folder / "eval.json", report)
     write_samples(run, report["samples"])
     return report
-
-
-def _work(settings: Eval, prompts: list[list[int]], documents: list[Document]) -> Work:
-    """A batch of answers, and the longest text whose loss is measured."""
-    rows = min(settings.batch_size, max(len(prompts), 1))
-    longest = max((len(ids) for ids in prompts), default=0)
-    return Work(rows, longest + settings.max_new_tokens, max(len(ids) for ids, _ in documents))
 
 
 @dataclass(frozen=True)

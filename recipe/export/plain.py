@@ -27,12 +27,11 @@ from recipe.errors import UserError
 from recipe.export.peftfolder import Weighted
 from recipe.export.scores import Score
 from recipe.export.scores import mean_loss as mean_of
-from recipe.export.spread import FORWARD_TOKENS, LOSS_TOKENS, Sizes, Spread, Work, place, rooms
+from recipe.export.spread import FORWARD_TOKENS, LOSS_TOKENS, Document, Sizes, Spread, Work, place, rooms
 from recipe.files import read_json
 from recipe.plan.shapes import read_config, shape_from_config
 from recipe.train.run import Run
 
-Document = tuple[list[int], list[int]]  # input_ids, labels
 RAM_SHARE, GPU_SHARE = 0.6, 0.7  # of what is free, for weights; the rest is for what is computed with them
 
 

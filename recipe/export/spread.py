@@ -20,6 +20,7 @@ from recipe.errors import Refused
 from recipe.plan.placement import spread
 from recipe.plan.shapes import ModelShape
 
+Document = tuple[list[int], list[int]]  # input_ids, labels
 GIB = 2**30
 CPU = "cpu"
 HOST = "host"  # of the embedding: host RAM, while all else is computed on GPUs
@@ -39,6 +40,15 @@ class Work:
     rows: int = 1
     tokens: int = 4096
     longest: int = FORWARD_TOKENS
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[list[int]], documents: Sequence[Document], new_tokens: int, batch_size: int
+    ) -> Work:
+        """Of answering prompts in batches, and measuring the losses of documents and of those answers."""
+        most = max((len(ids) for ids in prompts), default=0) + new_tokens
+        measured = max((len(ids) for ids, _ in documents), default=0)
+        return cls(max(1, min(batch_size, len(prompts))), most, max(most, measured))
 
     def bytes(self, shape: ModelShape, width: int) -> int:
         """Activations of a pass: LoRA computes in fp32 beside the layer's own dtype, and a matrix is dequantised."""

@@ -14,6 +14,8 @@ from typing import Any
 
 from recipe.files import read_json, write_json
 
+BATCH = 8  # prompts answered at once
+
 
 def main(request_file: str, answer_file: str) -> None:
     request = read_json(Path(request_file))
@@ -28,14 +30,16 @@ def plain(request: dict[str, Any]) -> dict[str, Any]:
 
     from recipe.export.peftfolder import Weighted
     from recipe.export.plain import greedy, load_plain, pad_token, token_scores
+    from recipe.export.spread import Work
 
     adapters = [Weighted(Path(folder), weight) for folder, weight in request["adapters"]]
-    model = load_plain(Path(request["model"]), getattr(torch, request["dtype"]), adapters)
-    tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
     documents = [(ids, labels) for ids, labels in request["documents"]]
+    work = Work.of(request["prompts"], documents, request["max_new_tokens"], BATCH)
+    model = load_plain(Path(request["model"]), getattr(torch, request["dtype"]), adapters, work)
+    tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"])
     found = {
         "different": _different(model, adapters),
-        "answers": list(greedy(model, request["prompts"], tokenizer, request["max_new_tokens"], 8)),
+        "answers": list(greedy(model, request["prompts"], tokenizer, request["max_new_tokens"], BATCH)),
         **_tokenised(
             [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in request["texts"]],
             request["texts"],

@@ -1,13 +1,18 @@
 """Where a model's parts go on which machine; and that layers in host RAM change no bit of what is computed."""
 
+import dataclasses
+from itertools import pairwise
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from recipe.bench.decode import RandomBytes
+from recipe.engine.random import random_config
 from recipe.errors import Refused
-from recipe.export.plain import adapters_off, load_plain
+from recipe.export.plain import _from_pretrained, adapters_off, load_plain
 from recipe.export.spread import GIB, HOST, MARGIN_BYTES, Room, Sizes, Spread, Work, place
-from recipe.export.streamed import load_streamed
+from recipe.export.streamed import assemble, load_streamed
 from recipe.plan.placement import spread
 from recipe.plan.shapes import KNOWN, read_config, shape_from_config
 
@@ -91,22 +96,37 @@ def test_a_machine_that_is_too_small_is_one_line(gib, host_gib, said):
 
 
 MODELS = {
-    "llama": {"family": "llama", "num_hidden_layers": 5},
-    "qwen2": {"family": "qwen2", "num_hidden_layers": 6, "tied": True},
-    "qwen3": {"family": "qwen3", "num_hidden_layers": 4},
+    "llama": {"family": "llama", "num_hidden_layers": 9},
+    "qwen2": {"family": "qwen2", "num_hidden_layers": 8, "tied": True},
+    "qwen3": {"family": "qwen3", "num_hidden_layers": 8},
 }
 ON = [
     *((family, "cpu") for family in MODELS),
     *(pytest.param((family, "cuda:0"), marks=pytest.mark.gpu) for family in MODELS),
 ]
-DTYPE = {"cpu": torch.float32, "cuda:0": torch.bfloat16}
+if torch.cuda.device_count() > 1:
+    ON += [pytest.param((family, "cuda:0", "cuda:1"), marks=pytest.mark.gpu) for family in MODELS]
+
+
+def all_but_one(options, devices):
+    """A spread with one layer resident on each device, the others in host RAM."""
+    layers, tied = options["num_hidden_layers"], options.get("tied", False)
+    blocks = [layers // len(devices)] * len(devices)
+    blocks[-1] += layers - sum(blocks)
+    return Spread(
+        tuple(device for device, count in zip(devices, blocks, strict=True) for _ in range(count)),
+        tuple(flag for count in blocks for flag in spread(count, count - 1)),
+        devices[0] if tied else HOST,
+        devices[0] if tied else devices[-1],
+    )
 
 
 @pytest.fixture(scope="module", params=ON, ids=str)
 def two(request, nf4_model, tmp_path_factory):
     """A model whole in memory, the same one with layers that pass through the buffers, and the adapters of both."""
-    family, device = request.param
-    options, dtype = MODELS[family], DTYPE[device]
+    family, *devices = request.param
+    options = MODELS[family]
+    dtype = torch.float32 if devices == ["cpu"] else torch.bfloat16
     folder, adapters = nf4_model(**options), tmp_path_factory.mktemp("adapters")
     config = LoraConfig(
         r=4,
@@ -118,11 +138,7 @@ def two(request, nf4_model, tmp_path_factory):
     torch.manual_seed(1)
     get_peft_model(load_plain(folder, dtype, None), config).save_pretrained(adapters)
     whole = load_plain(folder, dtype, adapters)
-    layers = options["num_hidden_layers"]
-    away = Spread(
-        (device,) * layers, spread(layers, layers - 1), device if options.get("tied") else HOST, device
-    )
-    base = load_streamed(folder, dtype, away)
+    base = load_streamed(folder, dtype, all_but_one(options, devices))
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -178,26 +194,74 @@ def test_adapters_matter_and_an_interrupted_pass_leaves_nothing_behind(two):
         assert torch.equal(streamed(**inputs).logits, expected)
 
 
-def test_only_two_layers_of_those_in_host_ram_are_ever_on_the_device(two):
-    (stream,) = two[1].get_base_model().streams
-    assert len(stream.slots) == 2 and len(stream.runs) == stream.count > 2
-    assert stream.bytes_per_pass == stream.count * stream.layout.size
-    pointers = {weight.data_ptr() for slot in stream.slots for layer in slot.bound for _, weight in layer}
-    ranges = [(s.run.data_ptr(), s.run.data_ptr() + stream.layout.size) for s in stream.slots]
-    assert all(any(low <= pointer < high for low, high in ranges) for pointer in pointers)
+def test_each_layer_crosses_once_a_pass_and_two_at_most_are_there(two, monkeypatch):
+    streamed = two[1]
+    streams = streamed.get_base_model().streams
+    copied = {stream: [] for stream in streams}
+    for stream in streams:
+        assert len(stream.slots) == 2 and len(stream.runs) == stream.count > 2
+        assert stream.bytes_per_pass == stream.count * stream.layout.size
+        places = [(s.run.data_ptr(), s.run.data_ptr() + stream.layout.size) for s in stream.slots]
+        for slot in stream.slots:
+            for layer in slot.bound:
+                for _, weight in layer:
+                    assert any(low <= weight.data_ptr() < high for low, high in places)
+        fill = stream._fill
+        monkeypatch.setattr(
+            stream, "_fill", lambda s, turn, of=stream, fill=fill: (copied[of].append(turn), fill(s, turn))
+        )
+    inputs = {name: value.to(streamed.device) for name, value in one_sequence().items()}
+    streamed.generate(**inputs, do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    for stream, turns in copied.items():
+        assert len(turns) == 4 * stream.count  # one pass for the prompt, three for tokens
+        assert all((before + 1) % stream.count == after for before, after in pairwise(turns))
 
 
 @pytest.mark.gpu
 def test_a_gpu_that_is_too_small_is_seen_by_loading_itself(nf4_model, capsys):
-    """The bytes of three layers are left for five."""
+    """The bytes of three layers are left for nine."""
     folder = nf4_model(**MODELS["llama"])
     whole = load_plain(folder, torch.bfloat16, None)
     shape = shape_from_config(read_config(folder / "config.json"), "config.json")
     sizes = Sizes.of(shape, True, torch.bfloat16, Work(1, 64, 64))
-    room = sizes.work + sizes.head + 5 * sizes.beside + 3 * sizes.run
+    room = sizes.work + sizes.head + 9 * sizes.beside + 3 * sizes.run
     cap = torch.cuda.memory_allocated() + MARGIN_BYTES + room
     small = load_plain(folder, torch.bfloat16, None, Work(1, 64, 64), cap_bytes=cap)
-    assert "4 of them from host RAM" in capsys.readouterr().err
+    assert "8 of them from host RAM" in capsys.readouterr().err
     ids = one_sequence()["input_ids"].cuda()
     with torch.no_grad():
         assert torch.equal(whole(ids).logits, small(ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_over_two_gpus_gives_the_numbers_of_one(nf4_model):
+    folder = nf4_model(**MODELS["llama"])
+    whole = load_plain(folder, torch.bfloat16, None)
+    shape = shape_from_config(read_config(folder / "config.json"), "config.json")
+    sizes = Sizes.of(shape, True, torch.bfloat16, Work(1, 64, 64))
+    room = sizes.work + sizes.head + 6 * sizes.whole
+    both = _from_pretrained(
+        folder, torch.bfloat16, place(sizes, [Room("cuda:0", room), Room("cuda:1", room)])
+    )
+    assert {str(weight.device) for weight in both.parameters()} == {"cuda:0", "cuda:1"}
+    ids = one_sequence()["input_ids"].cuda()
+    with torch.no_grad():
+        assert torch.equal(whole(ids).logits, both(ids).logits.to("cuda:0"))
+
+
+@pytest.mark.gpu
+def test_layers_of_a_70bs_true_shape_change_no_bit():
+    """Larger copies than small models need: 421 MiB each."""
+    shape = dataclasses.replace(KNOWN["llama-3.1-70b"], layers=5, vocab=8192)
+    config = random_config(shape)
+    logits = []
+    ids = torch.randint(0, shape.vocab, (2, 40), device="cuda")
+    for away in (0, 4):
+        placed = Spread(("cuda:0",) * 5, spread(5, away), "cuda:0", "cuda:0")
+        torch.manual_seed(3)  # of all that is random
+        model = assemble(config, shape, torch.bfloat16, placed, RandomBytes(shape, deviation=0.002))
+        with torch.no_grad():
+            logits.append([model(ids).logits, model(ids[:1, :1]).logits])
+    for whole, streamed in zip(*logits, strict=True):
+        assert torch.equal(whole, streamed) and whole.isfinite().all()
