@@ -1,6 +1,5 @@
 """A merge is what PEFT's own is, to the bit; into the NF4 base it is one rounding off; nothing half-written, nothing wrong."""
 
-
 import bitsandbytes as bnb
 import pytest
 import torch
