@@ -125,19 +125,20 @@ def test_the_mix_of_q4_k_m(tmp_path):
         and types["token_embd.weight"] == types["blk.3.attn_q.weight"] == "Q4_K"
     )
     assert types["blk.0.attn_norm.weight"] == "F32" and set(types.values()) == {"Q4_K", "Q6_K", "F32"}
-    given = documents()
-    for score, (loss, _) in zip(
-        llamacpp.token_scores(file, given), plain_scores(load(wide), given), strict=True
-    ):
-        assert score.loss / score.tokens == pytest.approx(loss / score.tokens, abs=0.05)
+    write_gguf(Stored(wide), wide, tmp_path / "exact.gguf", "f32")
+    exact = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "exact.gguf").tensors}
+    for tensor in GGUFReader(file).tensors:
+        lost = quants.dequantize(tensor.data, tensor.tensor_type) - exact[tensor.name]
+        most = {"Q4_K": 0.1, "Q6_K": 0.02, "F32": 0}[tensor.tensor_type.name]
+        assert np.square(lost).mean() ** 0.5 <= most * np.square(exact[tensor.name]).mean() ** 0.5
     narrow = small_model(tmp_path / "narrow", "llama")
     fallbacks = write_gguf(Stored(narrow), narrow, file, "q4_k_m")
     assert {(f.got, f.wanted) for f in fallbacks} == {("Q5_0", "Q4_K"), ("Q8_0", "Q6_K")}
     assert (
         summary(fallbacks)[0]
-        == "Q8_0 instead of Q6_K (rows of 64, no multiple of 256): 1 output.weight, 2 attn_v.weight"
+        == "Q8_0 instead of Q6_K (rows of 64, no multiple of 256): 1 output.weight, 1 attn_v.weight"
     )
-    llamacpp.token_scores(file, given)
+    llamacpp.token_scores(file, documents())
 
 
 def test_quantising_is_what_the_gguf_package_does(models, tmp_path):
