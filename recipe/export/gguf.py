@@ -70,7 +70,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for tensor in plan:
             if tensor.source is None:
-                values = torch.tensor(_rope_factors(rope_settings(config), shape.head_dim))
+                values = _rope_factors(rope_settings(config), shape.head_dim)
             else:
                 values = permuted(source.read(tensor.source), tensor.source, shape)
             writer.write_tensor_data(converted(values, tensor))
@@ -206,18 +206,14 @@ def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], where: str) -> No
         writer.add_rope_scaling_attn_factors(rope["attention_factor"] / usual)
 
 
-def _rope_factors(rope: dict[str, Any], head_dim: int) -> list[float]:
+def _rope_factors(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
     """What Llama 3 divides each frequency by: long waves by `factor`, short ones by 1, a ramp between."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    factors = []
-    for wavelength in (2 * math.pi / frequencies).tolist():
-        if wavelength < original / high:
-            factors.append(1.0)
-        elif wavelength > original / low:
-            factors.append(float(factor))
-        else:
-            ramp = (original / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - ramp) / factor + ramp))
+    wavelengths = 2 * math.pi / frequencies
+    ramp = (original / wavelengths - low) / (high - low)
+    factors = 1 / ((1 - ramp) / factor + ramp)
+    factors[wavelengths < original / high] = 1
+    factors[wavelengths > original / low] = factor
     return factors

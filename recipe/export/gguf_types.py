@@ -104,7 +104,8 @@ def _mixed(name: str, shape: ModelShape) -> Type:
         layer, eighth = int(name.split(".")[1]), shape.layers // 8
         if layer < eighth or layer >= 7 * shape.layers // 8 or (layer - eighth) % 3 == 2:
             return Type.Q6_K
-        if values and shape.layers == LAYERS_OF_70B and shape.family != "qwen3":
+        grouped = shape.family == "qwen2" or (shape.family != "qwen3" and shape.heads > shape.kv_heads)
+        if values and grouped and shape.layers == LAYERS_OF_70B:
             return Type.Q5_K
     return Type.Q4_K
 
