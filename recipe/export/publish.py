@@ -59,8 +59,10 @@ class Plan:
             parts.append(f"the card says “{licence.attribution}”, as it asks")
         if licence.name_prefix:
             parts.append(f"the name begins with “{licence.name_prefix}”, as it asks")
-        if licence.must_travel and not any(path.name.lower().startswith("licen") for path in licence.files):
-            parts.append("its text has to travel along and is not in this folder: add it by hand")
+        if licence.must_travel and not any(item.name.lower().startswith("licen") for item in self.items):
+            parts.append(
+                "its text has to travel along and is not among these files: put it into the base's folder and export again"
+            )
         return "; ".join(parts)
 
 

@@ -208,7 +208,15 @@ def test_the_name_of_a_llama_begins_with_llama(folder, hub):
     assert "name not allowed: the Llama 3.1 Community License" in said and "such as me/Llama-poet" in said
     assert hub.requests == []
     found = publish(folder, "me/Llama-3.1-poet", dry_run=True)
-    assert "Built with Llama" in render(found)
+    assert "Built with Llama" in render(found) and "has to travel along" not in render(found)
+
+
+def test_a_licence_that_does_not_travel_is_missed(folder, hub):
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("---\n", "---\nlicense: llama3.1\n", 1))
+    relist(folder, "README.md")
+    (folder / "LICENSE").write_text(LLAMA_LICENCE)  # not of the export, so it would not be sent
+    assert "its text has to travel along" in render(publish(folder, "me/Llama-poet", dry_run=True))
 
 
 def test_a_damaged_file_is_not_sent(folder, hub):
