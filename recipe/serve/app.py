@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
+import httpx2
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -60,7 +60,7 @@ def make(models: Sequence[Model], key: str, form: dict[str, Any]) -> FastAPI:
     app.add_exception_handler(ApiError, lambda _request, error: error.response())  # type: ignore[attr-defined]
     app.add_exception_handler(HTTPException, _not_here)
     _add_page(app)
-    client = httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits(max_connections=None))
+    client = httpx2.AsyncClient(timeout=None, trust_env=False, limits=httpx2.Limits(max_connections=None))
     by_name = {model.name: model for model in models}
 
     def keyed(request: Request) -> None:
@@ -140,7 +140,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _bytes(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _bytes(response: httpx2.Response) -> AsyncIterator[bytes]:
     try:
         async for part in response.aiter_raw():
             yield part
@@ -148,7 +148,7 @@ async def _bytes(response: httpx.Response) -> AsyncIterator[bytes]:
         await response.aclose()
 
 
-async def _whole(response: httpx.Response) -> bytes:
+async def _whole(response: httpx2.Response) -> bytes:
     try:
         return await response.aread()
     finally:
