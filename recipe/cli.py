@@ -133,6 +133,14 @@ def parser() -> argparse.ArgumentParser:
         help="system message in place of the one that the training rows began with",
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
+    serve = add(
+        "serve",
+        "base and tuned model for OpenAI's clients, and a chat page, on this machine alone",
+        commands.serve,
+        run_name=True,
+    )
+    serve.add_argument("--port", type=int, default=8080, metavar="N", help="(default: 8080)")
+    serve.add_argument("--type", default="q8_0", metavar="TYPE", help="which GGUF export (default: q8_0)")
     report = add(
         "report",
         "one HTML file of a run: curves, plan, data, samples, events",
