@@ -141,6 +141,14 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
     chat.add_argument("--both", action="store_true", help="an answer without the adapters and one with them")
+    serve = add(
+        "serve",
+        "base and tuned model for OpenAI's clients, and a chat page, on this machine alone",
+        commands.serve,
+        run_name=True,
+    )
+    serve.add_argument("--port", type=int, default=8080, metavar="N", help="(default: 8080)")
+    serve.add_argument("--type", default="q8_0", metavar="TYPE", help="which GGUF export (default: q8_0)")
     report = add(
         "report",
         "one HTML file of a run: curves, plan, data, samples, events",

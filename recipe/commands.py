@@ -246,6 +246,15 @@ def chat(arguments: argparse.Namespace) -> int:
     return chat.chat(_existing_run(arguments), arguments.once, names, arguments.system, arguments.json)
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    from recipe.serve import command
+
+    if arguments.json:
+        raise UserError("--json: serve prints no document, expected without it")
+    command.serve_run(_existing_run(arguments), arguments.port, arguments.type)
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     from recipe.report import make, serve
 

@@ -24,7 +24,9 @@ def export(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     last = results[-1]
     folder = Path(last["folder"])
     if arguments.ollama is not None:
-        last["ollama"] = ollama.create(arguments.ollama or run.name.lower(), folder)
+        name = arguments.ollama or run.name.lower()
+        created = ollama.create(name, folder)
+        last["ollama"] = {"name": name, "created": created, "command": " ".join(ollama.command(name))}
     if arguments.archive:
         last["archive"] = archive.archive(folder, Path(arguments.archive))
     if arguments.publish:
@@ -51,10 +53,16 @@ def order_of(arguments: argparse.Namespace) -> targets.Order:
 def render(results: list[dict[str, Any]]) -> str:
     lines = [targets.render(results)]
     last = results[-1]
-    lines += [ollama.render(last["ollama"])] if "ollama" in last else []
+    lines += [_ollama_line(last["folder"], **last["ollama"])] if "ollama" in last else []
     lines += [archive.render(last["archive"])] if "archive" in last else []
     lines += [publish.render(last["published"])] if "published" in last else []
     return "\n".join(lines)
+
+
+def _ollama_line(folder: str, name: str, created: bool, command: str) -> str:
+    if created:
+        return f"Ollama has it: ollama run {name}"
+    return f"there is no `ollama` here; where it is: (cd {folder} && {command})"
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -79,6 +87,8 @@ def _check(arguments: argparse.Namespace, order: targets.Order) -> None:
         )
     if arguments.ollama is not None and not (order.gguf or order.gguf_lora):
         raise UserError("--ollama: expected with --gguf TYPE or --gguf-lora, since Ollama runs GGUF files")
+    if arguments.ollama:
+        ollama.check_name(arguments.ollama)
     if arguments.public and not arguments.publish:
         raise UserError("--public: expected with --publish OWNER/NAME")
     if arguments.dry_run and not arguments.publish:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from recipe.container import require_network
-from recipe.data.encode import load_tokenizer
 from recipe.errors import Refused, UserError
 from recipe.export import adapters as adapter_export
 from recipe.export import ollama
@@ -182,7 +181,9 @@ class Job:
     def _merged(self, partial: Path) -> Made:
         progress = write_merged(Merged(self.base, self.adapters), partial)
         (partial / "merge.json").unlink()
-        self.tokenizer.save_pretrained(partial)
+        for pattern in TOKENIZER_FILES:
+            for path in self.run.adapters.glob(pattern):
+                shutil.copyfile(path, partial / path.name)
         rates = progress.get("rates")
         return Made(
             Tool("plain transformers", partial, partial, self.dtype),
@@ -199,8 +200,7 @@ class Job:
         file = partial / f"{name}-{quantisation.upper()}.gguf"
         require_space(partial, file_bytes(source, quantisation), f"the GGUF file {file.name}")
         partial.mkdir(parents=True, exist_ok=True)
-        with self._tokenizer_folder(partial) as tokenizer:
-            fallbacks = write_gguf(source, tokenizer, file, quantisation, name=name)
+        fallbacks = write_gguf(source, self.run.adapters, file, quantisation, name=name)
         write_text(partial / "Modelfile", self._modelfile(file.name))
         tool = Tool("llama.cpp", file, partial)
         return Made(
@@ -218,17 +218,9 @@ class Job:
         facts = {"file": file.name, "base_file": relative}
         return Made(tool, self.order.base_gguf, facts)
 
-    def _modelfile(self, model: str, lora: str | None = None) -> str:
-        settings = self.run.settings()
-        return ollama.modelfile(self.tokenizer, self.nf4, model, lora, settings.data.max_length)
-
-    @contextmanager
-    def _tokenizer_folder(self, partial: Path) -> Iterator[Path]:
-        """The run's tokenizer as files, for as long as a GGUF file is written from them."""
-        folder = partial / "tokenizer"
-        self.tokenizer.save_pretrained(folder)
-        yield folder
-        shutil.rmtree(folder)
+    def _modelfile(self, model: str, adapter: str | None = None) -> str:
+        tokens = self.run.settings().data.max_length
+        return ollama.modelfile(model, self.run.adapters, self.nf4, tokens, adapter)
 
     # --- what it is compared with -------------------------------------------------------------------------
 
@@ -306,11 +298,6 @@ class Job:
         found = ask(Tool("plain transformers", self.nf4, self.run.adapters, self.dtype), self.texts)
         return Reference("plain transformers'", found.loss, found.answers)
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        settings = self.run.settings()
-        return load_tokenizer(self.nf4, settings.data, settings.lora.new_tokens)
-
     # --- what it is made of -------------------------------------------------------------------------------
 
     @property
@@ -364,7 +351,7 @@ class Job:
                 f"RUN={run.name}: has no exported adapters; run `make export-adapters RUN={run.name}` first"
             )
         for name, digest in read_json(proof)["sha256"].items():
-            if name in (WEIGHTS, "adapter_config.json") and sha256_of(run.adapters / name) != digest:
+            if name != "README.md" and not _is(run.adapters / name, digest):
                 raise UserError(
                     f"{run.adapters / name}: is not the verified one (its hash differs); "
                     f"run `make export-adapters RUN={run.name} ARGS=--replace`"
@@ -396,6 +383,14 @@ class Job:
 
 EQUAL_GAP = 1e-3  # nats; below it two ways of computing in fp32 may choose either
 WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -421,6 +416,10 @@ class Reference:
 def gguf_file(folder: Path) -> Path:
     """The model in a GGUF export."""
     return next(folder.glob("*.gguf"))
+
+
+def _is(path: Path, sha256: str) -> bool:
+    return path.exists() and sha256_of(path) == sha256
 
 
 def say(text: str) -> None:

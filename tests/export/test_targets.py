@@ -134,15 +134,15 @@ def test_other_adapters_than_the_verified_ones_do_not_pass(spoil, run, tmp_path,
     )
 
 
-def test_a_lost_template_does_not_pass(run, capsys, monkeypatch):
-    whole = targets.Job.tokenizer.func
+def test_a_lost_template_does_not_pass(run, tmp_path, capsys, monkeypatch):
+    write = targets.write_gguf
 
-    def without_template(job):
-        tokenizer = whole(job)
-        tokenizer.chat_template = None
-        return tokenizer
+    def without_template(source, tokenizer, *args, **kwargs):
+        other = tmp_path / "tokenizer"
+        shutil.copytree(tokenizer, other, ignore=shutil.ignore_patterns("*.jinja"))
+        return write(source, other, *args, **kwargs)
 
-    monkeypatch.setattr(targets.Job, "tokenizer", property(without_template))
+    monkeypatch.setattr(targets, "write_gguf", without_template)
     refused(run, capsys, 1, ["--gguf", "f16"], "chat template is missing", "nothing was exported")
 
 
