@@ -61,6 +61,7 @@ class Order:
     merge: bool = False
     gguf: str | None = None
     gguf_lora: bool = False
+    gguf_base: bool = False
     base: str = "nf4"
     base_gguf: str = "q8_0"
     weight: float = 1.0
@@ -72,11 +73,11 @@ class Order:
     def kinds(self) -> list[str]:
         merged = "bf16" if self.base != "nf4" else "nf4"
         onto = "" if merged == "nf4" else "-onto-bf16"
-        found = [f"merged-{merged}"] * self.merge
-        found += [f"gguf-{self.gguf}{onto}"] if self.gguf else []
-        found += [f"gguf-base-{self.base_gguf}", "gguf-lora"] * self.gguf_lora
         return [
-            kind + self.suffix if kind.startswith(("merged", f"gguf-{self.gguf}")) else kind for kind in found
+            *[f"merged-{merged}{self.suffix}"] * self.merge,
+            *[f"gguf-{self.gguf}{onto}{self.suffix}"] * (self.gguf is not None),
+            *[f"gguf-base-{self.base_gguf}"] * (self.gguf_lora or self.gguf_base),
+            *["gguf-lora"] * self.gguf_lora,
         ]
 
     @property
