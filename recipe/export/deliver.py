@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.errors import UserError
-from recipe.export import archive, ollama, publish, targets
+from recipe.export import archive, card, ollama, publish, targets
 from recipe.export.gguf_types import KINDS
 from recipe.train.run import Run, check_name
 
@@ -27,6 +27,8 @@ def export(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         name = arguments.ollama or run.name.lower()
         created = ollama.create(name, folder)
         last["ollama"] = {"name": name, "created": created, "command": " ".join(ollama.command(name))}
+    if arguments.archive or arguments.publish:
+        card.refresh(run, folder, last["kind"])  # an evaluation may have come later
     if arguments.archive:
         last["archive"] = archive.archive(folder, Path(arguments.archive))
     if arguments.publish:

@@ -20,7 +20,6 @@ from recipe.container import require_network
 from recipe.errors import Refused, UserError
 from recipe.export.contents import README, Item, check, contents, size_text
 from recipe.export.licence import Licence, front_matter, licence_of
-from recipe.export.outcome import SAMPLES
 from recipe.prepare.download import one_line
 
 UNASKED = (".gitattributes",)  # what hubs put into every repository
@@ -34,7 +33,6 @@ class Plan:
     public: bool
     items: list[Item]
     licence: Licence
-    shows_rows: bool  # held-out rows stand in the card, which may be nobody's business
 
     @property
     def bytes(self) -> int:
@@ -48,7 +46,6 @@ class Plan:
             "files": [{"name": item.name, "bytes": item.size, "sha256": item.sha256} for item in self.items],
             "bytes": self.bytes,
             "terms": self.terms,
-            "shows_rows": self.shows_rows,
         }
 
     @property
@@ -111,7 +108,7 @@ def plan_of(folder: Path, repo: str, public: bool = False) -> Plan:
             f"--publish {repo}: name not allowed: the {licence.name} wants names of derived models to begin with "
             f"`{licence.name_prefix}`, such as {owner}/{licence.named(name)}"
         )
-    return Plan(repo, public, items, licence, SAMPLES in text)
+    return Plan(repo, public, items, licence)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -124,7 +121,6 @@ def describe(found: dict[str, Any]) -> str:
             f"{len(found['files'])} files, {size_text(found['bytes'])}, {go} to {found['repository']} ({seen}):",
             *(f"  {file['name']:<{width}}  {size_text(file['bytes']):>12}" for file in found["files"]),
             f"licence of the base: {found['terms']}",
-            *(["the card shows some held-out rows with their answers"] if found["shows_rows"] else []),
         ]
     )
 

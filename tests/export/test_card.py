@@ -103,14 +103,14 @@ def test_energy_gpus_and_tasks_where_they_are_known(run):
     poet.config.write_text(re.sub(r"(?m)^  path: .*data.jsonl$", "  path: org/rows", config))
     tasks = {"a|b": {"acc": 0.25, "rows": 4}}
     one = {"loss": 2.0, "perplexity": 7.389, "exact_matches": 1, "prompts": 4, "tasks": tasks}
-    sample = {"prompt": "```\n# what?", "reference": None, "base": "no", "tuned": "yes"}
+    sample = {"prompt": "a secret of ours", "reference": None, "base": "no", "tuned": "yes"}
     report = {"held_out_rows": 24, "base": one, "tuned": one | {"exact_matches": 3}, "samples": [sample]}
     (poet.folder / "eval.json").write_text(json.dumps(report))
     text = card(poet, "adapters")
     assert "2 × RTX 3090, driver 580.1" in text and "| 0.12 kWh of the GPUs alone |" in text
     assert f"| time | {PLAIN_STEPS} min of steps" in text
     assert r"| a\|b, acc | 0.2500 | 0.2500 |" in text and "| exact answers | 1 of 4 | 3 of 4 |" in text
-    assert "````text\nasked:    ``` # what?\nbefore:   no\nafter:    yes\n````" in text
+    assert "a secret" not in text, "a card is published, and held-out rows are somebody's data"
     assert ModelCard(text).data.datasets == ["org/rows"]
     assert 'from_pretrained("org/base", revision="c0ffee", quantization_config=nf4)' in text
     assert len(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].splitlines()) == 4
@@ -137,9 +137,8 @@ def test_an_evaluation_that_came_later_gets_into_the_card(run, good, tmp_path):
     assert refresh(poet, poet.adapters, kind_of(poet.adapters))
     text = (poet.adapters / "README.md").read_text()
     assert f"| loss | {report['base']['loss']:.4f} | {report['tuned']['loss']:.4f} |" in text
-    assert "expected: the answer is yes" in text
+    assert "the answer is yes" not in text
     check(contents(poet.adapters), "test")
-    assert "held-out rows with their answers" in describe(publish(poet.adapters, "me/poet", dry_run=True))
     assert {n for n, c in tree(poet.adapters).items() if c != before[n]} == {"README.md", "export.json"}
     assert not refresh(poet, poet.adapters, "adapters"), "nothing is new"
     (poet.adapters / "README.md").write_text("my own words")
