@@ -15,7 +15,6 @@ from recipe.export.card import card, kind_of, refresh
 from recipe.export.contents import check, contents
 from recipe.export.licence import copy_licence, licence_of
 from recipe.export.outcome import sparkline
-from recipe.export.publish import describe, publish
 from recipe.train.run import Run
 from tests.export.finished import LLAMA_LICENCE, finished_run, tree
 from tests.models import tiny_checkpoint

@@ -5,14 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from recipe.cli import main
 from recipe.export import targets
 from recipe.export.peftfolder import Weighted
-from recipe.export.plain import held_out_documents, load_plain, mean_loss
-from recipe.files import sha256_of
 from recipe.train.run import Run
 from tests.export.finished import finished_run, tree
 from tests.models import tiny_checkpoint
@@ -51,42 +48,6 @@ def refused(run, capsys, code, options, *parts):
     assert out == "" and line.startswith("error: ") and "Traceback" not in err
     assert all(part in line for part in parts), line
     assert tree(run.folder) == before
-
-
-def test_a_merged_model_is_what_was_trained(shared, capsys):
-    proof = exported(shared, capsys, "--merge")
-    folder = shared.folder / "exports" / "merged-nf4"
-    loss, answers = proof["held_out_loss"], proof["answers"]
-    assert proof["folder"] == str(folder) and proof["verified_by"] == "plain transformers, fresh process"
-    assert abs(loss["export"] - loss["trainer"]) <= 1e-3 == loss["tolerance"]
-    assert answers["equal"] == answers["of"] == 10
-    # Once more by hand, with nothing of the export's.
-    model = load_plain(folder, torch.float32, None)
-    assert mean_loss(model, held_out_documents(shared), 0) == pytest.approx(loss["export"], abs=1e-6)
-    written = json.loads((folder / "export.json").read_text())
-    assert written == {key: value for key, value in proof.items() if key != "folder"}
-    assert all(sha256_of(folder / name) == digest for name, digest in written["sha256"].items())
-    assert {path.name for path in folder.iterdir()} == {*written["sha256"], "export.json"}
-    assert {"README.md", "config.json", "tokenizer.json", "chat_template.jinja"} <= written["sha256"].keys()
-
-
-def test_a_gguf_file_is_read_by_llama_cpp(shared, capsys):
-    proof = exported(shared, capsys, "--gguf", "f16")
-    loss = proof["held_out_loss"]
-    assert proof["verified_by"] == "llama.cpp, fresh process"
-    assert abs(loss["export"] - loss["trainer"]) <= 2e-3
-    assert proof["answers"]["equal"] == 10
-    assert {"good-F16.gguf", "Modelfile", "README.md"} <= proof["sha256"].keys()
-
-
-def test_the_adapters_as_gguf_stand_on_the_base(shared, capsys):
-    base, lora = exported(shared, capsys, "--gguf-lora", "--base-gguf", "f16")
-    assert base["kind"] == "gguf-base-f16" and lora["kind"] == "gguf-lora"
-    assert base["held_out_loss"]["export"] > lora["held_out_loss"]["export"] + 1
-    assert abs(lora["held_out_loss"]["export"] - lora["held_out_loss"]["trainer"]) <= 2e-3
-    # The base serves the next one too.
-    kept, again = exported(shared, capsys, "--gguf-lora", "--base-gguf", "f16", "--ollama")
-    assert (kept["sha256"], again["sha256"]) == (base["sha256"], lora["sha256"])
 
 
 def test_into_the_unquantised_base_and_with_other_adapters(run, capsys):
