@@ -6,6 +6,8 @@ Files are read by `pread` and not mapped, so what was read does not stay in the 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,7 @@ from recipe.prepare.header import FETCH_AGAIN
 
 BLOCK_VALUES = 2**20  # of a weight, merged at a time: its fp32 temporaries stay in the cache
 BLOCK_ROWS = 64  # a multiple of this: any number of such rows is whole blocks of absmax
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 STATE = "quant_state.bitsandbytes__"
 
 __all__ = ["Dequantised", "Merged", "Stored", "Tensors", "Weighted"]
@@ -228,6 +231,7 @@ class Merged:
         shapes = {name: base.shape(name) for name in base.names()}
         self.adapters = [PeftFolder(one, shapes, base.folder) for one in adapters]
         _refuse_overlapping_rows(self.adapters)
+        keep_freed_memory()
 
     def names(self) -> list[str]:
         return self.base.names()
@@ -291,6 +295,19 @@ def _layer(
         layer.lora_B[str(number)].weight = nn.Parameter(b, requires_grad=False)
         layer.set_scale(str(number), one.weight)
     return layer
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have malloc keep up to 128 MiB of what is freed for what comes next, for the rest of this process.
+
+    By itself it gives each temporary of 4 MiB back to the kernel, which zeroes its pages again for the next one: 1.3 of the
+    2.3 seconds of CPU that a 28672x8192 weight took (two slow cores).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
 
 
 def _refuse_overlapping_rows(adapters: list[PeftFolder]) -> None:
