@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,8 +80,7 @@ class Stored:
             )
         self.checkpoint = Checkpoint(folder, FETCH_AGAIN)
         _check_index(folder, self.checkpoint)
-        tied = bool(self.config.get("tie_word_embeddings"))
-        self._names = [name for name in self.checkpoint.tensors if not (tied and name == "lm_head.weight")]
+        self._names = _untied(self.config, self.checkpoint.tensors)
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -129,7 +128,9 @@ class Dequantised:
         constants = {
             name for name in tensors if name.rpartition(".")[0] in weights or name.partition(f".{STATE}")[1]
         }
-        self._names = [name for name in tensors if name not in constants]
+        self._names = _untied(
+            read_json(folder / "config.json"), [name for name in tensors if name not in constants]
+        )
         self._states = {name: self._read_state(name) for name in sorted(weights)}
 
     def names(self) -> list[str]:
@@ -354,6 +355,12 @@ def values_of(checkpoint: Checkpoint, name: str, first: int, end: int) -> torch.
     raw = torch.empty((end - first) * dtype.itemsize, dtype=torch.uint8)
     checkpoint.read_bytes(name, first * dtype.itemsize, raw)
     return raw.view(dtype)
+
+
+def _untied(config: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Without a head that is the embedding once more."""
+    tied = bool(config.get("tie_word_embeddings"))
+    return [name for name in names if not (tied and name == "lm_head.weight")]
 
 
 def _check_index(folder: Path, checkpoint: Checkpoint) -> None:

@@ -169,6 +169,10 @@ def place(tmp_path):
 
 def test_ram_stays_and_the_disk_sets_the_speed(place):
     disk = measure(place, 1024)
+    print(
+        f"\ndisk: reads {disk['read_gib_per_second']:.2f}, writes {disk['write_gib_per_second']:.2f} GiB/s; "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
     rows = {}
     for name, layers, options in [
         ("bf16, 1 layer", 1, {}),
@@ -177,20 +181,16 @@ def test_ram_stays_and_the_disk_sets_the_speed(place):
         ("NF4, 1 layer", 1, {"nf4": True}),
         ("NF4, 3 layers", 3, {"nf4": True}),
     ]:
-        rows[name] = measured(place, disk, layers, **options)
+        row = rows[name] = measured(place, disk, layers, **options)
+        print(
+            f"{name:40} read {row['read_gib']:5.2f} GiB, wrote {row['written_gib']:5.2f} GiB in {row['seconds']:5.1f} s, "
+            f"{row['share']:4.0%} of the disk ({row['cpu_seconds']:.1f} s of CPU); peak RAM {row['peak_gib']:.2f} GiB",
+            flush=True,
+        )
         if name == "bf16, 1 layer":
             assert all(is_pefts(place, f"model.layers.0.{module}") for module in LINEARS)
         for folder in ("base", "adapters", "merged"):
             shutil.rmtree(place / folder)
-    print(
-        f"\ndisk: reads {disk['read_gib_per_second']:.2f}, writes {disk['write_gib_per_second']:.2f} GiB/s; "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    )
-    for name, row in rows.items():
-        print(
-            f"{name:40} read {row['read_gib']:5.2f} GiB, wrote {row['written_gib']:5.2f} GiB in {row['seconds']:5.1f} s, "
-            f"{row['share']:4.0%} of the disk ({row['cpu_seconds']:.1f} s of CPU); peak RAM {row['peak_gib']:.2f} GiB"
-        )
     assert all(row["peak_gib"] <= LIMIT_GIB for row in rows.values())
     assert rows["bf16, 2 layers"]["peak_gib"] < rows["bf16, 1 layer"]["peak_gib"] + 0.5
     assert rows["NF4, 3 layers"]["peak_gib"] < rows["NF4, 1 layer"]["peak_gib"] + 0.5
