@@ -223,6 +223,8 @@ class Merged:
     The arithmetic is PEFT's own layer (`lora.Linear.merge`), on some rows of a weight at a time, with adapters in fp32 as
     PEFT loads them. Into a stored bf16 base each adapter's update is added in fp32 and rounded to bf16, which is what
     `merge_and_unload` gives, to the bit. A dequantised base stays in fp32 until all are added and is rounded once.
+    PEFT rounds that one twice, as its bf16 base is rounded already: on SmolLM2 its error against the sum in fp32 is 1.21
+    times as large (root mean square), and a fifth of the values are others.
     """
 
     def __init__(self, base: Base, adapters: Sequence[Weighted]):
