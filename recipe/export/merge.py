@@ -178,8 +178,8 @@ class Writer:
             if entry.source_bytes >= SYNC_BYTES:
                 with self.sync.working():
                     os.fdatasync(shard.file.descriptor)
-            self.through(entry.source_bytes)
             with self.changed:
+                self.through(entry.source_bytes)
                 shard.left -= 1
                 last = not shard.left
             if last:
