@@ -40,7 +40,7 @@ def write_gguf_lora(adapters: Path, base_folder: Path, target: Path, *, name: st
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     try:
         for _, tensor in plan:
-            writer.add_tensor_info(tensor.name, tensor.shape, "float32", tensor.bytes, tensor.type)  # type: ignore[arg-type]
+            writer.add_tensor_info(tensor.name, tensor.shape, "float32", tensor.bytes, tensor.type)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)

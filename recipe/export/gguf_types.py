@@ -115,7 +115,7 @@ def converted(tensor: torch.Tensor, plan: Planned) -> np.ndarray[Any, Any]:
 
     Raises UserError where a value is not finite, or does not fit into the type.
     """
-    out = np.empty(plan.bytes, dtype=np.uint8)
+    out: np.ndarray[Any, Any] = np.empty(plan.bytes, dtype=np.uint8)
     rows = tensor.reshape(-1, tensor.shape[-1])
     row_bytes, step = plan.bytes // rows.shape[0], max(CHUNK_VALUES // rows.shape[1], 1)
 

@@ -305,14 +305,13 @@ def _score(it: Loaded, context: Any, ids: list[int], labels: list[int]) -> Score
         part = ids[start : min(start + BATCH, len(ids) - 1)]
         targets = np.array(labels[start + 1 : start + 1 + len(part)])
         counted = targets != IGNORED
-        logits = _logits(it, context, part, start, counted.tolist()).astype(np.float64)
-        if not len(logits):
-            continue
-        right = logits[np.arange(len(logits)), targets[counted]]
-        most = logits.max(axis=1)
-        loss += float((most + np.log(np.exp(logits - most[:, None]).sum(axis=1)) - right).sum())
+        logits = _logits(it, context, part, start, counted.tolist())
         tokens += len(logits)
-        gap = max(gap, float((most - right).max()))
+        for row, target in zip(logits, targets[counted], strict=True):
+            exact = row.astype(np.float64)
+            behind = float(exact.max() - exact[target])
+            loss += behind + float(np.log(np.exp(exact - exact.max()).sum()))
+            gap = max(gap, behind)
     return Score(loss, tokens, gap)
 
 
@@ -321,6 +320,7 @@ def _continued(it: Loaded, context: Any, prompt: list[int], max_new_tokens: int)
     lib.llama_memory_clear(lib.llama_get_memory(context), True)
     answer: list[int] = []
     given, start = prompt, 0
+    logits: np.ndarray[Any, Any]
     while len(answer) < max_new_tokens:
         for first in range(0, len(given), BATCH):
             part = given[first : first + BATCH]
