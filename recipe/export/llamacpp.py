@@ -257,7 +257,9 @@ def _context(it: Loaded, tokens: int) -> Iterator[Any]:
     parameters.n_ctx = -(-tokens // 256) * 256
     parameters.n_batch = parameters.n_ubatch = min(BATCH, parameters.n_ctx)
     parameters.n_seq_max = 1
-    parameters.n_threads = parameters.n_threads_batch = len(os.sched_getaffinity(0))
+    # Its threads wait for each other spinning: on a busy machine one is many times faster than one for each core.
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    parameters.n_threads = parameters.n_threads_batch = threads
     # What is measured is the file, not llama.cpp's savings: keys and values in fp32, attention without shortcuts.
     parameters.type_k = parameters.type_v = F32
     parameters.flash_attn_type = 0
