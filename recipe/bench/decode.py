@@ -94,7 +94,7 @@ def build(spec: Spec) -> tuple[PeftModel, Spread]:
         total = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec.cap_gib * GIB / total), index)
     if spec.offload == "auto":
-        spread = place(Sizes.of(shape, True, dtype, Work(), adapter_bytes), rooms() if spec.on_gpu else [])
+        spread = place(Sizes.of(shape, True, dtype, Work(), adapter_bytes), rooms()[: spec.gpus])
     else:
         device = "cuda:0" if spec.on_gpu else CPU
         away = evenly(shape.layers, int(spec.offload))

@@ -257,7 +257,9 @@ def _context(it: Loaded, tokens: int) -> Iterator[Any]:
     parameters.n_ctx = -(-tokens // 256) * 256
     parameters.n_batch = parameters.n_ubatch = min(BATCH, parameters.n_ctx)
     parameters.n_seq_max = 1
-    parameters.n_threads = parameters.n_threads_batch = len(os.sched_getaffinity(0))
+    # Its threads wait for each other spinning: on a busy machine one is many times faster than one for each core.
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    parameters.n_threads = parameters.n_threads_batch = threads
     # What is measured is the file, not llama.cpp's savings: keys and values in fp32, attention without shortcuts.
     parameters.type_k = parameters.type_v = F32
     parameters.flash_attn_type = 0
@@ -305,14 +307,13 @@ def _score(it: Loaded, context: Any, ids: list[int], labels: list[int]) -> Score
         part = ids[start : min(start + BATCH, len(ids) - 1)]
         targets = np.array(labels[start + 1 : start + 1 + len(part)])
         counted = targets != IGNORED
-        logits: np.ndarray[Any, Any] = _logits(it, context, part, start, counted.tolist()).astype(np.float64)
-        if not len(logits):
-            continue
-        right = logits[np.arange(len(logits)), targets[counted]]
-        most = logits.max(axis=1)
-        loss += float((most + np.log(np.exp(logits - most[:, None]).sum(axis=1)) - right).sum())
+        logits: np.ndarray[Any, Any] = _logits(it, context, part, start, counted.tolist())
         tokens += len(logits)
-        gap = max(gap, float((most - right).max()))
+        for row, target in zip(logits, targets[counted], strict=True):
+            exact = row.astype(np.float64)
+            behind = float(exact.max() - exact[target])
+            loss += behind + float(np.log(np.exp(exact - exact.max()).sum()))
+            gap = max(gap, behind)
     return Score(loss, tokens, gap)
 
 
@@ -321,6 +322,7 @@ def _continued(it: Loaded, context: Any, prompt: list[int], max_new_tokens: int)
     lib.llama_memory_clear(lib.llama_get_memory(context), True)
     answer: list[int] = []
     given, start = prompt, 0
+    logits: np.ndarray[Any, Any]
     while len(answer) < max_new_tokens:
         for first in range(0, len(given), BATCH):
             part = given[first : first + BATCH]

@@ -255,10 +255,11 @@ def adapted(models, tmp_path_factory):
     model = get_peft_model(
         load(folder), LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=linears)
     )
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.15)
+                torch.nn.init.normal_(parameter, std=0.12, generator=draw)
     adapters = tmp_path_factory.mktemp("adapters")
     model.save_pretrained(adapters)
     return adapters, plain_scores(model, documents())
@@ -275,7 +276,7 @@ def test_a_gguf_adapter_is_what_peft_computes(adapted, models, tmp_path):
     folder, file = models("llama")
     lora = tmp_path / "lora.gguf"
     write_gguf_lora(adapters, folder, lora)
-    assert furthest(llamacpp.token_scores(file, documents(), lora), expected) < 1e-3
+    assert furthest(llamacpp.token_scores(file, documents(), lora), expected) < 1e-4
     f16 = tmp_path / "f16.gguf"
     write_gguf(Stored(folder), folder, f16, "f16")
     assert furthest(llamacpp.token_scores(f16, documents(), lora), expected) < 1e-3
