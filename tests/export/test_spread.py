@@ -215,6 +215,7 @@ def test_each_layer_crosses_once_a_pass_and_two_at_most_are_there(two, monkeypat
     for stream, turns in copied.items():
         assert len(turns) == 4 * stream.count  # one pass for the prompt, three for tokens
         assert all((before + 1) % stream.count == after for before, after in pairwise(turns))
+        assert {slot.holds for slot in stream.slots} == {0, 1}  # under way already for the next pass
 
 
 @pytest.mark.gpu
