@@ -11,7 +11,7 @@ export CONFIG DATA RUN RUNTIME FLAVOUR PYTHON TORCH_INDEX BASE DEBIAN_MIRROR
 unexport ARGS # meant for this make's command, not for the makes that the tests call
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build build-check base plan preflight prepare data train eval reproduce export-adapters chat report compare doctor bench test \
+.PHONY: help setup demo build build-check base plan preflight prepare data train eval reproduce export-adapters chat serve report compare doctor bench test \
   test-long lint lock audit clean ready python provision unprovision
 .SILENT:
 
@@ -43,6 +43,7 @@ help:
 	'  make reproduce        the same run again, from its manifest, and compare (RUN=)' \
 	'  make export-adapters  a verified PEFT folder (RUN=)' \
 	'  make chat             talk to it, adapters on or off (RUN=)' \
+	"  make serve            for OpenAI's clients, on this machine: vLLM on GPUs, else the CPU and a chat page (RUN=)" \
 	"  make report           one HTML file of a run; while it trains: ARGS=--watch (RUN=)" \
 	'  make compare          what differs between runs (RUN="one another")' \
 	"  make doctor           what went wrong in a run and what to do (RUN=, or ARGS='--log FILE')" \
@@ -92,7 +93,7 @@ train: python
 doctor: python
 	$(RECIPE) doctor $(with_run) $(ARGS)
 
-eval chat reproduce report: python
+eval chat serve reproduce report: python
 	$(RECIPE) $@ $(with_run) $(ARGS)
 
 compare: python

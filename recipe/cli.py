@@ -124,7 +124,14 @@ def parser() -> argparse.ArgumentParser:
         help="score them with lm-evaluation-harness: held_out, basics, a task's YAML file, or a name that it knows",
     )
     evaluate.add_argument("--task-rows", type=int, metavar="N", help="of each task, the first ones; 0: all")
-    add("export", "a PEFT folder, verified in a fresh process", commands.export, run_name=True)
+    _export_options(
+        add(
+            "export",
+            "a PEFT folder, a merged model or a GGUF file, verified in a fresh process",
+            commands.export,
+            run_name=True,
+        )
+    )
     chat = add("chat", "talk to the trained model", commands.chat, run_name=True)
     chat.add_argument("--once", metavar="TEXT", help="answer this and end")
     chat.add_argument(
@@ -134,6 +141,14 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--base", action="store_true", help="begin with the adapters off")
     chat.add_argument("--both", action="store_true", help="an answer without the adapters and one with them")
+    serve = add(
+        "serve",
+        "base and tuned model for OpenAI's clients, and a chat page, on this machine alone",
+        commands.serve,
+        run_name=True,
+    )
+    serve.add_argument("--port", type=int, default=8080, metavar="N", help="(default: 8080)")
+    serve.add_argument("--type", default="q8_0", metavar="TYPE", help="which GGUF export (default: q8_0)")
     report = add(
         "report",
         "one HTML file of a run: curves, plan, data, samples, events",
@@ -176,6 +191,51 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     return top
+
+
+def _export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument(
+        "--merge", action="store_true", help="a whole model with the adapters merged in, in bf16"
+    )
+    export.add_argument(
+        "--gguf", metavar="TYPE", help="a merged model for llama.cpp and Ollama: f16, bf16, q8_0 or q4_k_m"
+    )
+    export.add_argument(
+        "--gguf-lora", action="store_true", help="the adapters for llama.cpp, with the base as a GGUF file"
+    )
+    export.add_argument(
+        "--base",
+        default="nf4",
+        metavar="WHICH",
+        help="merged into: nf4 (default), what the adapters were trained on; bf16, the unquantised base; or its folder",
+    )
+    export.add_argument(
+        "--base-gguf", default="q8_0", metavar="TYPE", help="of the base beside --gguf-lora (default: q8_0)"
+    )
+    export.add_argument(
+        "--weight", type=float, default=1.0, metavar="W", help="of these adapters (default: 1)"
+    )
+    export.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        metavar="RUN[=W]",
+        dest="others",
+        help="merge another run's adapters in too, may be repeated",
+    )
+    export.add_argument("--replace", action="store_true", help="make an export that is there already anew")
+    export.add_argument(
+        "--ollama",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="make it a model of Ollama's (default: the run's name)",
+    )
+    export.add_argument("--archive", metavar="FILE.tar", help="one file with checksums for sha256sum -c")
+    export.add_argument("--publish", metavar="OWNER/NAME", help="upload it to the model hub, private")
+    export.add_argument("--public", action="store_true", help="with --publish: for everybody; asks before")
+    export.add_argument("--yes", action="store_true", help="with --public: do not ask")
+    export.add_argument("--dry-run", action="store_true", help="with --publish: only show what would be sent")
 
 
 def _bench_options(bench: argparse.ArgumentParser) -> None:

@@ -229,10 +229,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from recipe.export import adapters
+    from recipe.export import deliver
 
-    result = adapters.export(_existing_run(arguments))
-    _print(result) if arguments.json else print(adapters.render(result))
+    results = deliver.export(_existing_run(arguments), arguments)
+    _print(results[0] if len(results) == 1 else results) if arguments.json else print(deliver.render(results))
     return 0
 
 
@@ -244,6 +244,15 @@ def chat(arguments: argparse.Namespace) -> int:
     mode = "/base" if arguments.base else "/both" if arguments.both else "/tuned"
     names = chat.MODES[mode]
     return chat.chat(_existing_run(arguments), arguments.once, names, arguments.system, arguments.json)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    from recipe.serve import command
+
+    if arguments.json:
+        raise UserError("--json: serve prints no document, expected without it")
+    command.serve_run(_existing_run(arguments), arguments.port, arguments.type)
+    return 0
 
 
 def report(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from setup import main as set_up
 go_on_in_a_new_python("runtime")
 
 import engine
+import serving
 
 import image
 
@@ -67,6 +68,16 @@ def main(arguments):
             if asked == "docker":
                 raise SetupError("--watch serves a page, and the container has no network: use RUNTIME=host")
             asked = "host"
+        if arguments[:1] == ["serve"] and asked != "host":
+            try:
+                request = serving.vllm_request(arguments[1:], flavour)
+                say(f"runtime: container {serving.IMAGE}; {serving.address(request)}")
+                return in_vllm(request)
+            except SetupError as error:
+                if asked == "docker":
+                    raise
+                say(f"runtime: host, on the CPU ({error})")
+                asked = "host"  # our own image has no network on which it could be reached
         if asked != "host":
             try:
                 digest = usable_image(flavour)
@@ -113,14 +124,7 @@ def on_host(arguments):
 
 def in_container(arguments, flavour, digest):
     uid, gid = caller(os.environ)
-    environ = {
-        **os.environ,
-        "RECIPE_FOLDER": str(ROOT),
-        "RECIPE_IMAGE_DIGEST": digest,
-        "RECIPE_USER": f"{uid}:{gid}",
-    }
-    for name, variable in WRITTEN.items():
-        environ[variable] = str(own_folder(ROOT / name, uid, gid))
+    environ = container_environment(uid, gid) | {"RECIPE_IMAGE_DIGEST": digest}
     command = arguments[0] if arguments else "preflight"
     if command in ("preflight", "demo", "doctor"):
         environ |= host_probe(Path(environ["RECIPE_CACHE"]), uid, gid)
@@ -129,6 +133,19 @@ def in_container(arguments, flavour, digest):
         if code:
             return code
     return start(arguments, SERVICES.get(command, "export"), flavour, environ)
+
+
+def in_vllm(request):
+    environ = container_environment(*caller(os.environ)) | serving.environment(request)
+    return start(request["words"], "vllm", "gpu", environ, "--service-ports")
+
+
+def container_environment(uid, gid):
+    """What compose.yaml is told of this checkout and its caller."""
+    environ = {**os.environ, "RECIPE_FOLDER": str(ROOT), "RECIPE_USER": f"{uid}:{gid}"}
+    for name, variable in WRITTEN.items():
+        environ[variable] = str(own_folder(ROOT / name, uid, gid))
+    return environ
 
 
 def host_probe(cache, uid, gid):
@@ -192,10 +209,10 @@ def own_folder(folder, uid, gid):
     return folder.resolve()
 
 
-def start(arguments, service, flavour, environ):
+def start(arguments, service, flavour, environ, *more):
     """`docker compose run` of a service; its exit code. Signals reach the run, which saves before it ends."""
     container = f"{image.NAME}-{service}-{os.getpid()}"
-    options = ["run", "--rm", "--no-deps", "--name", container]
+    options = ["run", "--rm", "--no-deps", "--name", container, *more]
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
     if not terminal:
         options.append("-T")  # a terminal would mix results and messages into one stream

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from recipe.errors import Refused
 from recipe.export.card import card
 from recipe.export.licence import copy_licence
+from recipe.export.peftfolder import Weighted
 from recipe.export.plain import finished_checkpoint
 from recipe.export.reference import Found, Texts, Tool, ask, keep, other_texts, texts_of
 from recipe.files import read_json, require_space, sha256_of, write_json, write_text, written_aside
@@ -95,7 +96,7 @@ def _write_config(run: Run, manifest: dict[str, Any], folder: Path) -> None:
 def _verify(run: Run, folder: Path, summary: dict[str, Any], texts: Texts) -> Found:
     """Raises Refused where the fresh process finds other tensors, another loss or another tokenizer."""
     model = Path(read_json(run.manifest)["model"]["folder"])
-    tool = Tool("plain PEFT", model, folder, summary["compute_dtype"], adapters=[(folder, 1.0)])
+    tool = Tool("plain PEFT", model, folder, summary["compute_dtype"], adapters=[Weighted(folder)])
     try:
         found = ask(tool, texts)
     except Refused as error:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,14 +38,12 @@ def archive(folder: Path, target: Path) -> dict[str, Any]:
     )
     aside = target.with_name(f".{target.name}.partial")
     try:
-        with open(aside, "wb") as file:
-            hashing = _Hashing(file)
+        with open(aside, "wb") as file, ThreadPoolExecutor(1) as thread:
+            hashing = _Hashing(file, thread)
             _write(items, top, hashing, total)
             file.flush()
             os.fsync(file.fileno())
-        write_text(
-            target.with_name(f"{target.name}.sha256"), f"{hashing.sha256.hexdigest()}  {target.name}\n"
-        )
+        write_text(target.with_name(f"{target.name}.sha256"), f"{hashing.hexdigest()}  {target.name}\n")
         os.replace(aside, target)
         fsync_folder(target.parent)
     except OSError as error:
@@ -56,7 +55,7 @@ def archive(folder: Path, target: Path) -> dict[str, Any]:
     return {
         "archive": str(target),
         "bytes": target.stat().st_size,
-        "sha256": hashing.sha256.hexdigest(),
+        "sha256": hashing.hexdigest(),
         "files": len(items) + 1,
         "unpacks_to": top,
     }
@@ -89,14 +88,24 @@ def _check_target(target: Path) -> None:
 
 
 class _Hashing(io.RawIOBase):
-    """A file that is hashed while it is written, so that it need not be read again."""
+    """A file that is hashed while it is written, so that it need not be read again: by a thread, as each file is too."""
 
-    def __init__(self, file: IO[bytes]):
-        self._file, self.sha256 = file, hashlib.sha256()
+    def __init__(self, file: IO[bytes], thread: ThreadPoolExecutor):
+        self._file, self._thread, self._sha256 = file, thread, hashlib.sha256()
+        self._last: Future[None] | None = None
 
     def write(self, content: Any) -> int:
-        self.sha256.update(content)
+        self._wait()  # so that one piece waits at most
+        self._last = self._thread.submit(self._sha256.update, content)
         return self._file.write(content)
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._sha256.hexdigest()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
 
 
 class _Source:

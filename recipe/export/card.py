@@ -142,7 +142,8 @@ def _title(record: Record, kind: str, licence: Licence) -> str:
         )
     else:
         what = WHAT[kind].format(base=named)
-    lines = [f"# {licence.named(record.name)}", f"{what}, with recipe {__version__}."]
+    name = base["name"].rpartition("/")[2] if kind.startswith("gguf-base-") else licence.named(record.name)
+    lines = [f"# {name}", f"{what}, with recipe {__version__}."]
     if licence.attribution:
         lines.insert(1, f"**{licence.attribution}**")
     return "\n\n".join(lines)
@@ -265,7 +266,7 @@ def _limits(record: Record, kind: str) -> str:
         "The base was quantised to 4 bits while training: results differ a little from those of 16-bit training, and a little "
         "more where it is run in another precision.",
     ]
-    if record.summary["held_out_loss"] is not None:
+    if record.summary["held_out_loss"] is not None and record.manifest["data"]["eval_path"] is None:
         lines.append(
             "The held-out rows come from the same sources as the training rows; other texts were not measured."
         )

@@ -44,7 +44,7 @@ def write_gguf(
     name: str | None = None,
     licence: str | None = None,
 ) -> list[Fallback]:
-    """Write `target`; what fell back to another type. Nothing is left at `target` where it fails.
+    """Write `target`, of a kind of KINDS; what fell back to another type. Nothing is left at `target` where it fails.
 
     Raises UserError where the kind is unknown, or llama.cpp would compute something else than transformers does.
     """
@@ -70,7 +70,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for tensor in plan:
             if tensor.source is None:
-                values = torch.tensor(_rope_factors(rope_settings(config), shape.head_dim))
+                values = _rope_factors(rope_settings(config), shape.head_dim)
             else:
                 values = permuted(source.read(tensor.source), tensor.source, shape)
             writer.write_tensor_data(converted(values, tensor))
@@ -200,23 +200,20 @@ def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], where: str) -> No
     if rope.get("beta_slow"):
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if rope.get("attention_factor") is not None:
-        # transformers puts it in the place of 0.1 ln(factor) + 1, llama.cpp multiplies that with it.
+        # transformers puts it in the place of 0.1 ln(factor) + 1, llama.cpp multiplies that with it
+        # (and does not read yarn_attn_factor, which its converter writes).
         usual = 0.1 * math.log(rope["factor"]) + 1
-        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"] / usual)
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / usual)
 
 
-def _rope_factors(rope: dict[str, Any], head_dim: int) -> list[float]:
+def _rope_factors(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
     """What Llama 3 divides each frequency by: long waves by `factor`, short ones by 1, a ramp between."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    factors = []
-    for wavelength in (2 * math.pi / frequencies).tolist():
-        if wavelength < original / high:
-            factors.append(1.0)
-        elif wavelength > original / low:
-            factors.append(float(factor))
-        else:
-            ramp = (original / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - ramp) / factor + ramp))
+    wavelengths = 2 * math.pi / frequencies
+    ramp = (original / wavelengths - low) / (high - low)
+    factors = 1 / ((1 - ramp) / factor + ramp)
+    factors[wavelengths < original / high] = 1
+    factors[wavelengths > original / low] = factor
     return factors

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +35,7 @@ KINDS = {
 SMALLER_BLOCK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 CHUNK_VALUES = 2**22  # converted at a time by each thread: 16 MiB in fp32
+_LAYER = re.compile(r"^blk\.\d+\.")
 LAYERS_OF_70B = 80  # llama.cpp knows the size by it, and gives the small attn_v of such models more bits
 
 
@@ -44,8 +48,18 @@ class Fallback:
     got: str
     columns: int
 
-    def __str__(self) -> str:
-        return f"{self.tensor}: {self.got} instead of {self.wanted} (rows of {self.columns})"
+
+def summary(fallbacks: Sequence[Fallback]) -> list[str]:
+    """One line for each kind of them."""
+    kinds = Counter((f.got, f.wanted, f.columns, _LAYER.sub("", f.tensor)) for f in fallbacks)
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for (got, wanted, columns, name), count in kinds.items():
+        groups.setdefault((got, wanted, columns), []).append(f"{count} {name}")
+    return [
+        f"{got} instead of {wanted} (rows of {columns}, no multiple of {gguf.GGML_QUANT_SIZES[Type[wanted]][0]}): "
+        + ", ".join(names)
+        for (got, wanted, columns), names in groups.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ def _mixed(name: str, shape: ModelShape) -> Type:
         layer, eighth = int(name.split(".")[1]), shape.layers // 8
         if layer < eighth or layer >= 7 * shape.layers // 8 or (layer - eighth) % 3 == 2:
             return Type.Q6_K
-        if values and shape.layers == LAYERS_OF_70B and shape.family != "qwen3":
+        grouped = shape.family == "qwen2" or (shape.family != "qwen3" and shape.heads > shape.kv_heads)
+        if values and grouped and shape.layers == LAYERS_OF_70B:
             return Type.Q5_K
     return Type.Q4_K
 
@@ -100,7 +115,7 @@ def converted(tensor: torch.Tensor, plan: Planned) -> np.ndarray[Any, Any]:
 
     Raises UserError where a value is not finite, or does not fit into the type.
     """
-    out = np.empty(plan.bytes, dtype=np.uint8)
+    out: np.ndarray[Any, Any] = np.empty(plan.bytes, dtype=np.uint8)
     rows = tensor.reshape(-1, tensor.shape[-1])
     row_bytes, step = plan.bytes // rows.shape[0], max(CHUNK_VALUES // rows.shape[1], 1)
 

@@ -54,6 +54,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
     model = described["model"]
     if model["type"] != "BPE":
         raise UserError(f"{folder}: the tokenizer is a {model['type']} one, expected BPE")
+    _check_normalizer(described, str(folder))
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -88,6 +89,17 @@ def _tokens(described: dict[str, Any], rows: int, where: str) -> tuple[list[str]
         if token["content"] == model.get("unk_token") and bytes_too:
             types[token["id"]] = TokenType.UNKNOWN
     return tokens, types
+
+
+def _check_normalizer(described: dict[str, Any], where: str) -> None:
+    """llama.cpp normalises nothing: composed text (NFC) is what Qwen's tokenizer is given nearly always."""
+    first = described["normalizer"] or {"type": "NFC"}
+    steps = first.get("normalizers", [first])
+    known = ("Prepend", "Replace") if described["model"].get("byte_fallback") else ()
+    if other := [step["type"] for step in steps if step["type"] not in ("NFC", *known)]:
+        raise UserError(
+            f"{where}: the tokenizer changes texts by {other[0]}, expected none: llama.cpp does no such thing"
+        )
 
 
 def pre_tokenizer(described: dict[str, Any], where: str) -> str:

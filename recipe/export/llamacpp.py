@@ -305,7 +305,7 @@ def _score(it: Loaded, context: Any, ids: list[int], labels: list[int]) -> Score
         part = ids[start : min(start + BATCH, len(ids) - 1)]
         targets = np.array(labels[start + 1 : start + 1 + len(part)])
         counted = targets != IGNORED
-        logits = _logits(it, context, part, start, counted.tolist()).astype(np.float64)
+        logits: np.ndarray[Any, Any] = _logits(it, context, part, start, counted.tolist()).astype(np.float64)
         if not len(logits):
             continue
         right = logits[np.arange(len(logits)), targets[counted]]
@@ -325,7 +325,9 @@ def _continued(it: Loaded, context: Any, prompt: list[int], max_new_tokens: int)
         for first in range(0, len(given), BATCH):
             part = given[first : first + BATCH]
             last = first + len(part) == len(given)
-            logits = _logits(it, context, part, start + first, [False] * (len(part) - 1) + [last])
+            logits: np.ndarray[Any, Any] = _logits(
+                it, context, part, start + first, [False] * (len(part) - 1) + [last]
+            )
         start += len(given)
         token = int(logits[0].argmax())
         if lib.llama_vocab_is_eog(it.vocabulary, token):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ from recipe.settings import Settings
 CURVE_POINTS = 8
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 60
-MOST_SAMPLES = 3
-SAMPLE_CHARACTERS = 400
 
 
 def curve(record: Record) -> str:
@@ -67,7 +64,7 @@ def _number(value: Any) -> str:
 
 
 def evaluation(record: Record) -> str:
-    """Of `recipe eval`, where it was run."""
+    """Of `recipe eval`, where it was run: numbers alone, since its samples are somebody's data."""
     report = record.evaluation
     base, tuned = report.get("base"), report.get("tuned")
     if not isinstance(base, dict) or not isinstance(tuned, dict):
@@ -87,37 +84,8 @@ def evaluation(record: Record) -> str:
             for key in metrics
             if key != "rows"
         ]
-    samples = [_sample(one) for one in (report.get("samples") or [])[:MOST_SAMPLES]]
-    return "\n\n".join(
-        [
-            f"### Evaluation on {report.get('held_out_rows', '?')} held-out rows",
-            table(("", "before", "after"), rows),
-            *(["### Answers before and after"] if samples else []),
-            *samples,
-        ]
-    )
-
-
-def _sample(one: dict[str, Any]) -> str:
-    parts = [
-        ("asked", one.get("prompt")),
-        ("expected", one.get("reference")),
-        ("before", one.get("base")),
-        ("after", one.get("tuned")),
-    ]
-    return _fenced("\n".join(f"{label + ':':<10}{_cut(text)}" for label, text in parts if text is not None))
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SAMPLE_CHARACTERS else text[: SAMPLE_CHARACTERS - 1] + "…"
-
-
-def _fenced(text: str) -> str:
-    """As it is, whatever stands in it: the fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    head = f"### Evaluation on {report.get('held_out_rows', '?')} held-out rows"
+    return f"{head}\n\n{table(('', 'before', 'after'), rows)}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

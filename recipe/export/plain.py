@@ -24,6 +24,7 @@ from transformers.utils import logging
 from recipe.data.encode import IGNORED
 from recipe.data.pack import MicroBatches
 from recipe.errors import UserError
+from recipe.export.peftfolder import Weighted
 from recipe.export.scores import Score
 from recipe.export.scores import mean_loss as mean_of
 from recipe.export.spread import FORWARD_TOKENS, LOSS_TOKENS, Document, Sizes, Spread, Work, place, rooms
@@ -32,7 +33,6 @@ from recipe.plan.shapes import read_config, shape_from_config
 from recipe.train.run import Run
 
 RAM_SHARE, GPU_SHARE = 0.6, 0.7  # of what is free, for weights; the rest is for what is computed with them
-Weighted = tuple[Path, float]  # a PEFT folder, and how much of it (1: as it was trained)
 
 
 def load_plain(
@@ -50,11 +50,11 @@ def load_plain(
     """
     logging.disable_progress_bar()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # KV caches grow by every token
-    chosen = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
+    chosen = [Weighted(adapters)] if isinstance(adapters, Path) else list(adapters or ())
     config = read_config(model_folder / "config.json")
     if "quantization_config" not in config:
         return with_adapters(_unquantised(model_folder, dtype), chosen)
-    folders = [folder for folder, _ in chosen]
+    folders = [one.folder for one in chosen]
     spread = spread_of(model_folder, dtype, folders, work or Work(), cap_bytes)
     if spread.plain:
         model = _from_pretrained(model_folder, dtype, spread)
@@ -75,14 +75,14 @@ def with_adapters(model: PreTrainedModel, adapters: Sequence[Weighted]) -> PreTr
     if not adapters:
         return model.eval()
     names = ["default", *(f"other-{number}" for number in range(1, len(adapters)))]
-    tuned = PeftModel.from_pretrained(model, str(adapters[0][0]))
-    for name, (folder, _) in list(zip(names, adapters, strict=True))[1:]:
-        tuned.load_adapter(str(folder), name)
+    tuned = PeftModel.from_pretrained(model, str(adapters[0].folder))
+    for name, one in list(zip(names, adapters, strict=True))[1:]:
+        tuned.load_adapter(str(one.folder), name)
     tuned.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode=True)
     for module in tuned.modules():
         if isinstance(module, LoraLayer):
-            for name, (_, weight) in zip(names, adapters, strict=True):
-                module.set_scale(name, weight)
+            for name, one in zip(names, adapters, strict=True):
+                module.set_scale(name, one.weight)
     return tuned.eval()
 
 

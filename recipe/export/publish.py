@@ -56,8 +56,10 @@ class Plan:
             parts.append(f"the card says “{licence.attribution}”, as it asks")
         if licence.name_prefix:
             parts.append(f"the name begins with “{licence.name_prefix}”, as it asks")
-        if licence.must_travel and not any(path.name.lower().startswith("licen") for path in licence.files):
-            parts.append("its text has to travel along and is not in this folder: add it by hand")
+        if licence.must_travel and not any(item.name.lower().startswith("licen") for item in self.items):
+            parts.append(
+                "its text has to travel along and is not among these files: put it into the base's folder and export again"
+            )
         return "; ".join(parts)
 
 
@@ -97,8 +99,8 @@ def plan_of(folder: Path, repo: str, public: bool = False) -> Plan:
     _check_name(repo)
     items = contents(folder)
     readme = folder / README
-    values = front_matter(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else {}
-    base = values.get("base_model")
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    base = front_matter(text).get("base_model")
     licence = licence_of(folder, str((base[0] if base else "") if isinstance(base, list) else base or ""))
     owner, _, name = repo.partition("/")
     if not licence.allows(name):

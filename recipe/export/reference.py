@@ -12,21 +12,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipe.data.encode import load_tokenizer
 from recipe.errors import Refused
 from recipe.export.evaluate import put_as_trained
+from recipe.export.peftfolder import Weighted
 from recipe.export.plain import Document, held_out_documents, prompts_and_answers
 from recipe.export.scores import Score, mean_loss
 from recipe.export.verify import answered
-from recipe.files import read_json, write_json
+from recipe.files import read_json, sha256_of, write_json
 from recipe.train.run import Run
 
 PROMPTS = 10
-NEW_TOKENS = 32
+MARK = "\ue000"  # in no text
+NEW_TOKENS = 16  # each costs a pass over the model
 # More than that is not scored again by every tool: a 70B model in llama.cpp on a CPU reads some ten tokens a second.
 TOKENS = 8192
 QUESTIONS = (
@@ -81,7 +83,7 @@ class Tool:
     model: Path
     tokenizer: Path
     dtype: str = "float32"
-    adapters: Sequence[tuple[Path, float]] = field(default=())
+    adapters: Sequence[Weighted] = ()
     lora: Path | None = None
 
 
@@ -118,7 +120,7 @@ def ask(tool: Tool, texts: Texts, answers: list[list[int]] | None = None) -> Fou
         "model": str(tool.model),
         "tokenizer": str(tool.tokenizer),
         "dtype": tool.dtype,
-        "adapters": [[str(folder), weight] for folder, weight in tool.adapters],
+        "adapters": [[str(one.folder), one.weight] for one in tool.adapters],
         "lora": str(tool.lora) if tool.lora else None,
         "documents": documents,
         "prompts": texts.prompts if answers is None else [],
@@ -173,6 +175,26 @@ def kept(run: Run, adapters_sha256: str) -> dict[str, Any] | None:
         return None
     reference = read_json(_file(run))
     return reference if reference["adapters_sha256"] == adapters_sha256 else None
+
+
+def expected(run: Run) -> list[tuple[str, str]]:
+    """Questions as somebody types them, and the greedy answers, cut at NEW_TOKENS: for what puts them into a template itself.
+
+    Prompts that are no single question after the training rows' system message are left out.
+    """
+    reference = kept(run, sha256_of(run.adapters / "adapter_model.safetensors"))
+    if reference is None:
+        return []
+    settings, manifest = run.settings(), read_json(run.manifest)
+    tokenizer = load_tokenizer(Path(manifest["model"]["folder"]), settings.data, settings.lora.new_tokens)
+    before, after = tokenizer.decode(put_as_trained(MARK, manifest["data"], tokenizer)).split(MARK)
+    found = []
+    for ids, answer in zip(texts_of(run).prompts, reference["answers"], strict=True):
+        prompt = tokenizer.decode(ids)
+        if prompt.startswith(before) and prompt.endswith(after):
+            question = prompt[len(before) : len(prompt) - len(after)]
+            found.append((question, tokenizer.decode(answer, skip_special_tokens=True)))
+    return found
 
 
 def _file(run: Run) -> Path:

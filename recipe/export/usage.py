@@ -35,15 +35,14 @@ def how_to_use(
 
 def _peft(base: Mapping[str, Any], settings: Settings, compute_dtype: str) -> str:
     quantization = settings.quantization
+    options = (
+        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization.type}", '
+        f'bnb_4bit_use_double_quant={quantization.double_quant}, bnb_4bit_compute_dtype="{compute_dtype}"'
+    )
     revision = f', revision="{base["revision"]}"' if base["revision"] else ""
     return f"""```python
 import peft, transformers
-nf4 = transformers.BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="{quantization.type}",
-    bnb_4bit_use_double_quant={quantization.double_quant},
-    bnb_4bit_compute_dtype="{compute_dtype}",
-)
+nf4 = transformers.BitsAndBytesConfig({options})
 model = transformers.AutoModelForCausalLM.from_pretrained("{base["name"]}"{revision}, quantization_config=nf4)
 model = peft.PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
 ```"""

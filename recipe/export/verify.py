@@ -28,10 +28,11 @@ def plain(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
+    from recipe.export.peftfolder import Weighted
     from recipe.export.plain import greedy, load_plain, pad_token, token_scores
     from recipe.export.spread import Work
 
-    adapters = [(Path(folder), weight) for folder, weight in request["adapters"]]
+    adapters = [Weighted(Path(folder), weight) for folder, weight in request["adapters"]]
     documents = [(ids, labels) for ids, labels in request["documents"]]
     work = Work.of(request["prompts"], documents, request["max_new_tokens"], BATCH)
     model = load_plain(Path(request["model"]), getattr(torch, request["dtype"]), adapters, work)
@@ -84,7 +85,7 @@ def _tokenised(found: list[list[int]], texts: list[tuple[str, list[int]]]) -> di
     return {"tokenised_otherwise": wrong}
 
 
-def _different(model, adapters: list[tuple[Path, float]]) -> list[str]:
+def _different(model, adapters: list[Any]) -> list[str]:
     """Tensors of the one adapter folder that are not in the model as they stand in the file."""
     import torch
     from peft import get_peft_model_state_dict
@@ -92,7 +93,7 @@ def _different(model, adapters: list[tuple[Path, float]]) -> list[str]:
 
     if len(adapters) != 1:
         return []
-    written = load_file(adapters[0][0] / "adapter_model.safetensors")
+    written = load_file(adapters[0].folder / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model)
     return sorted(written.keys() ^ loaded.keys()) + sorted(
         name

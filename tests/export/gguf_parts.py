@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recipe.export.gguf_vocab import PRE_TOKENIZERS, SPACE
@@ -15,8 +25,24 @@ from tests.models import CHAT_TEMPLATE, VOCAB, tiny_checkpoint
 
 EXPRESSIONS = {name: steps for (steps, _), name in PRE_TOKENIZERS.items()}
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-PIECES = ["hello", "world", "don't", "WE'LL", "1234567", "3.14", "käse", "日本語", "🦙🦙", "foo_bar()", "x==y", "\n\n", "  "]
-TEXT = " ".join(random.Random(0).choices(PIECES + ["the answer is yes", "system", "user", "assistant"], k=2000))
+PIECES = [
+    "hello",
+    "world",
+    "don't",
+    "WE'LL",
+    "1234567",
+    "3.14",
+    "käse",
+    "日本語",
+    "🦙🦙",
+    "foo_bar()",
+    "x==y",
+    "\n\n",
+    "  ",
+]
+TEXT = " ".join(
+    random.Random(0).choices([*PIECES, "the answer is yes", "system", "user", "assistant"], k=2000)
+)
 TRICKY = [
     "hello world",
     " leading and trailing ",
@@ -30,22 +56,6 @@ TRICKY = [
     "a",
     "",
 ]
-
-
-class Folder:
-    """The weights of a small checkpoint, as write_gguf takes them."""
-
-    def __init__(self, folder: Path):
-        self.folder, self._file = folder, safe_open(str(folder / "model.safetensors"), "pt")
-
-    def names(self):
-        return list(self._file.keys())
-
-    def shape(self, name):
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def read(self, name):
-        return self._file.get_tensor(name)
 
 
 def byte_level(pre: str, bos: bool = False) -> PreTrainedTokenizerFast:
@@ -91,8 +101,6 @@ def sentencepiece(metaspace: str | None = None) -> PreTrainedTokenizerFast:
         [TEXT.replace("🦙", "").replace("日本語", "")],
         trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=special, show_progress=False),
     )
-    import json
-
     described, trained = json.loads(tokenizer.to_str()), json.loads(plain.to_str())
     described["model"]["vocab"], described["model"]["merges"] = (
         trained["model"]["vocab"],
@@ -124,12 +132,21 @@ MODELS = {
     "smollm": (lambda: byte_level("smollm"), {"family": "llama", "tied": True}),
     "llama-3": (lambda: byte_level("llama-bpe", bos=True), {"family": "llama", "rope_parameters": LLAMA3}),
     "llama-biased": (lambda: byte_level("smaug-bpe"), {"family": "llama", "attention_bias": True}),
-    "llama-2": (sentencepiece, {"family": "llama", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
-    "mistral": (lambda: sentencepiece("always"), {"family": "mistral", "sliding_window": 4096, "head_dim": 32}),
+    "llama-2": (
+        sentencepiece,
+        {"family": "llama", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "mistral": (
+        lambda: sentencepiece("always"),
+        {"family": "mistral", "sliding_window": 4096, "head_dim": 32},
+    ),
     "mistral-nemo": (lambda: byte_level("tekken", bos=True), {"family": "mistral", "sliding_window": None}),
     "qwen2": (lambda: byte_level("qwen2"), {"family": "qwen2", "rope_parameters": YARN}),
     "qwen3": (lambda: byte_level("qwen2"), {"family": "qwen3", "tied": True, "head_dim": 32}),
-    "yarn-with-factor": (lambda: byte_level("gpt-2"), {"family": "llama", "rope_parameters": YARN | {"attention_factor": 0.7}}),
+    "yarn-with-factor": (
+        lambda: byte_level("gpt-2"),
+        {"family": "llama", "rope_parameters": YARN | {"attention_factor": 0.7}},
+    ),
 }
 
 

@@ -42,6 +42,20 @@ def test_a_hub_model_is_what_the_folder_gives_and_stays(hub, expected, tmp_path)
     assert [r.file for r in hub.requests[asked:]] == ["listing"]
 
 
+def test_the_licence_and_what_names_it_come_along(hub, tmp_path):
+    """Many bases state their licence in the front matter of their README alone."""
+    papers = {
+        "LICENSE": "theirs",
+        "USE_POLICY.md": "be good",
+        "NOTICE": "of",
+        "README.md": "---\nlicense: mit\n---\n",
+    }
+    for name, text in papers.items():
+        (hub.folder / name).write_text(text)
+    folder = prepare(settings_for(tmp_path, keep=False)).folder
+    assert {name: (folder / name).read_text() for name in papers} == papers
+
+
 def test_a_file_of_another_commit_is_fetched_again_and_the_others_are_not(hub, tmp_path):
     shutil.rmtree(prepare(settings_for(tmp_path)).folder)
     changed = sorted(hub.folder.glob("*.safetensors"))[1]
