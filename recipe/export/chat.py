@@ -136,7 +136,7 @@ class Talk:
         """The last text alone where the tokenizer has no chat template."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer(self.history[-1]["content"])["input_ids"]
-        text = render(self.history, self.tokenizer, "chat", prompt=True)
+        text = render(list(self.history), self.tokenizer, "chat", prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _answer(self, ids: list[int], name: str, show: bool, stop: Stop) -> Answer:

@@ -198,6 +198,9 @@ def test_each_layer_crosses_once_a_pass_and_two_at_most_are_there(two, monkeypat
     streamed = two[1]
     streams = streamed.get_base_model().streams
     copied = {stream: [] for stream in streams}
+    inputs = {name: value.to(streamed.device) for name, value in one_sequence().items()}
+    with torch.no_grad():
+        streamed(**inputs)  # the first pass finds the buffers empty
     for stream in streams:
         assert len(stream.slots) == 2 and len(stream.runs) == stream.count > 2
         assert stream.bytes_per_pass == stream.count * stream.layout.size
@@ -207,14 +210,20 @@ def test_each_layer_crosses_once_a_pass_and_two_at_most_are_there(two, monkeypat
                 for _, weight in layer:
                     assert any(low <= weight.data_ptr() < high for low, high in places)
         fill = stream._fill
-        monkeypatch.setattr(
-            stream, "_fill", lambda s, turn, of=stream, fill=fill: (copied[of].append(turn), fill(s, turn))
-        )
-    inputs = {name: value.to(streamed.device) for name, value in one_sequence().items()}
+
+        def spied(slot, turn, of=stream, fill=fill):
+            (other,) = [one for one in of.slots if one is not slot]
+            copied[of].append((turn, other.holds))
+            fill(slot, turn)
+
+        monkeypatch.setattr(stream, "_fill", spied)
     streamed.generate(**inputs, do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
-    for stream, turns in copied.items():
+    for stream, fills in copied.items():
+        turns = [turn for turn, _ in fills]
         assert len(turns) == 4 * stream.count  # one pass for the prompt, three for tokens
         assert all((before + 1) % stream.count == after for before, after in pairwise(turns))
+        # While one is brought the one before it is there to be computed.
+        assert all(other == (turn - 1) % stream.count for turn, other in fills)
 
 
 @pytest.mark.gpu
