@@ -59,7 +59,9 @@ def _ask(
     try:
         with opener.open(request, timeout=PATIENCE_SECONDS) as response:
             choice = json.load(response)["choices"][0]
-    except urllib.error.HTTPError:  # such as a template that does not take the messages: no answer is another answer
+    except (
+        urllib.error.HTTPError
+    ):  # such as a template that does not take the messages: no answer is another answer
         return "", False
     text = choice["message"]["content"] if form["messages"] else choice["text"]
     return text or "", choice["finish_reason"] == "length"

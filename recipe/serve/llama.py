@@ -73,7 +73,9 @@ def _start(name: str, path: Path, lora: Path | None, context_tokens: int, sequen
         asked.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     asked.api_keys = [key]
     asked.n_parallel, asked.n_ctx = sequences, sequences * context_tokens
-    asked.no_extra_bufts = True  # else weights are repacked for this CPU: a copy of the model for each of the two
+    asked.no_extra_bufts = (
+        True  # else weights are repacked for this CPU: a copy of the model for each of the two
+    )
     asked.cache_ram_mib = 0  # old conversations would fill up to 8 GiB
     asked.fit_params = False  # what is asked for, or an error
     asked.ui = asked.endpoint_slots = False

@@ -46,7 +46,9 @@ def serve(
             agreed = self_check(address, key, name, expected, form)
             said = f"{agreed} of {len(expected)} greedy answers are the reference's"
             _say(said if agreed else f"warning: {said}; is it the right base, adapter, template?")
-        _say(f"{address}/#key={key}\n  shows {name} beside its base; OpenAI's clients: {address}/v1 (Ctrl-C ends)")
+        _say(
+            f"{address}/#key={key}\n  shows {name} beside its base; OpenAI's clients: {address}/v1 (Ctrl-C ends)"
+        )
         while True:
             time.sleep(3600)
 
@@ -102,7 +104,9 @@ def serving(
         try:
             yield f"http://{ADDRESS}:{listener.getsockname()[1]}"
         finally:
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell of each answer that is cut
+            logging.getLogger("uvicorn.error").setLevel(
+                logging.CRITICAL
+            )  # it would tell of each answer that is cut
             server.should_exit = server.force_exit = True
             thread.join(END_SECONDS)
 

@@ -23,7 +23,9 @@ from recipe.serve.server import chosen_key
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 CONTEXT_TOKENS = 4096
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM takes, weights and KV cache
-BESIDE_GIB = 2.0  # what a GPU needs beside its part of the weights: KV cache of one context, LoRA, activations, CUDA
+BESIDE_GIB = (
+    2.0  # what a GPU needs beside its part of the weights: KV cache of one context, LoRA, activations, CUDA
+)
 PORT = 8000  # in the container
 
 
@@ -52,7 +54,9 @@ def facts(folder: Path) -> Facts:
         raise UserError(f"RUN={name}: has no adapters; `make export-adapters RUN={name}` first")
     lora = read_json(adapters / "adapter_config.json")
     if lora.get("trainable_token_indices") or lora.get("modules_to_save"):
-        raise UserError(f"RUN={name}: has learnt new tokens, which vLLM takes only in a merged model; RUNTIME=host")
+        raise UserError(
+            f"RUN={name}: has learnt new tokens, which vLLM takes only in a merged model; RUNTIME=host"
+        )
     model = Path(read_json(folder / "manifest.json")["model"]["folder"])
     if not (model / "config.json").exists():
         raise UserError(f"{model}: the base model of RUN={name} is not there; `make prepare` brings it")
@@ -74,7 +78,9 @@ def arguments(run: Facts, gpus: int) -> list[str]:
     """The words after `vllm serve`. The key is not among them: other users can read a command line."""
     rank = next((rank for rank in RANKS if rank >= run.rank), None)
     if rank is None:
-        raise UserError(f"RUN={run.name}: has adapters of rank {run.rank}, expected at most {RANKS[-1]} for vLLM")
+        raise UserError(
+            f"RUN={run.name}: has adapters of rank {run.rank}, expected at most {RANKS[-1]} for vLLM"
+        )
     words = {
         "--served-model-name": "base",
         "--lora-modules": f"{run.name}={run.adapters}",

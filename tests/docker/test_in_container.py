@@ -165,7 +165,10 @@ def test_no_service_is_open_to_the_network():
         )
     )
     assert len(config["services"]) == 11
-    assert config["networks"]["serve"]["driver_opts"]["com.docker.network.bridge.enable_ip_masquerade"] == "false"
+    assert (
+        config["networks"]["serve"]["driver_opts"]["com.docker.network.bridge.enable_ip_masquerade"]
+        == "false"
+    )
     for name, service in config["services"].items():
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", [])), name
         if name == "vllm":  # which is reached, and itself reaches nothing

@@ -122,7 +122,12 @@ class Browser:
         text = {"text": "\r"} if key == "Enter" and not modifiers else {}  # without it no form is sent
         for kind in ("keyDown", "keyUp"):
             self._call(
-                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=modifiers, **text
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                windowsVirtualKeyCode=code,
+                modifiers=modifiers,
+                **text,
             )
 
     def picture(self, path: Path, whole: bool = False) -> None:

@@ -46,7 +46,9 @@ def test_both_answers_come_at_the_same_time_and_are_those_of_the_models(page, se
     early = page.js(TEXTS)
     page.wait_for(DONE)
     shown = page.js(TEXTS)
-    assert all(text.startswith(part) and len(text) > len(part) for part, text in zip(early, shown, strict=True))
+    assert all(
+        text.startswith(part) and len(text) > len(part) for part, text in zip(early, shown, strict=True)
+    )
     messages = [{"role": "user", "content": "Tell me a long story about a fox."}]
     for model, text in zip(("base", NAME), shown, strict=True):
         answer = served.client.chat.completions.create(

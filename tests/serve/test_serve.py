@@ -48,7 +48,12 @@ def alone(served):
     found = {}
     for name, lora in (("base", None), (NAME, served.files.lora)):
         asked = xllamacpp.CommonParams()
-        asked.model.path, asked.n_ctx, asked.fit_params, asked.verbosity = str(served.files.base), 512, False, 0
+        asked.model.path, asked.n_ctx, asked.fit_params, asked.verbosity = (
+            str(served.files.base),
+            512,
+            False,
+            0,
+        )
         asked.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)] if lora else []
         answer = xllamacpp.Server(asked).handle_chat_completions(
             {"messages": QUESTION, "max_tokens": 16, "temperature": 0}
@@ -83,11 +88,15 @@ def test_the_models_and_the_form_of_questions_are_listed(served):
 def test_sampling_stops_and_logprobs_are_passed_on(served):
     client = served.client
     answers = [
-        text_of(client.chat.completions.create(model="base", max_tokens=12, top_p=0.9, **(LONG | {"seed": seed})))
+        text_of(
+            client.chat.completions.create(model="base", max_tokens=12, top_p=0.9, **(LONG | {"seed": seed}))
+        )
         for seed in (1, 1, 2)
     ]
     assert answers[0] == answers[1] != answers[2]
-    continued = client.completions.create(model="base", prompt="1, 2, 3, 4,", max_tokens=20, temperature=0, stop="7")
+    continued = client.completions.create(
+        model="base", prompt="1, 2, 3, 4,", max_tokens=20, temperature=0, stop="7"
+    )
     assert continued.choices[0].text.endswith("6, ") and continued.choices[0].finish_reason == "stop"
     scored = greedy(client, "base", tokens=3, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert len(scored) == 3
@@ -100,7 +109,11 @@ def test_without_the_key_nothing_is_told(served):
             openai.OpenAI(base_url=f"{served.address}/v1", api_key=key, max_retries=0).models.list()
         if caught.type is openai.AuthenticationError:
             assert caught.value.code == "invalid_api_key" and caught.value.status_code == 401
-    for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+    ):
         assert send(served, method, path, b"{}", key=None)[0] == 401
     assert send(served, "GET", "/health", key=None)[::2] == (200, b'{"status":"ok"}')
 
@@ -118,7 +131,11 @@ def test_a_wrong_request_is_an_error_of_openais_form(served):
     with pytest.raises(openai.APIStatusError, match="more than 1,048,576 bytes") as too_large:
         client.completions.create(model="base", prompt="x" * app.MOST_BYTES)
     assert too_large.value.status_code == 413
-    for content, said in ((b"{", "not valid JSON"), (b"[]", "not a JSON object"), (b"[" * 200_000, "not valid")):
+    for content, said in (
+        (b"{", "not valid JSON"),
+        (b"[]", "not a JSON object"),
+        (b"[" * 200_000, "not valid"),
+    ):
         status, _, answer = send(served, "POST", "/v1/completions", content)
         assert status == 400 and said in json.loads(answer)["error"]["message"]
     status, _, answer = send(served, "GET", "/v1/files")
@@ -209,7 +226,9 @@ def test_it_asks_itself_before_it_is_ready(served, alone):
 def test_a_taken_port_is_one_line(served):
     port = urlsplit(served.address).port
     for number, said in ((port, "Address already in use"), (99999, "0-65535")):
-        with pytest.raises(UserError, match=rf"^--port {number}: cannot be used \(.*{said}.*\), expected a free"):
+        with pytest.raises(
+            UserError, match=rf"^--port {number}: cannot be used \(.*{said}.*\), expected a free"
+        ):
             with server.listening(number):
                 pass
 
@@ -250,7 +269,18 @@ def runs(gguf_files, tmp_path_factory):
 def test_ctrl_c_ends_it_soon_although_an_answer_is_under_way(runs):
     """A process of its own, whose key stands in the address that it prints."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "recipe", "serve", "--run", NAME, "--port", "0", "--set", f"paths.runs={runs}"],
+        [
+            sys.executable,
+            "-m",
+            "recipe",
+            "serve",
+            "--run",
+            NAME,
+            "--port",
+            "0",
+            "--set",
+            f"paths.runs={runs}",
+        ],
         stderr=subprocess.PIPE,
         text=True,
         env={name: value for name, value in os.environ.items() if name != server.KEY_VARIABLE},
@@ -281,7 +311,9 @@ def test_what_cannot_be_served_is_one_line(runs, tmp_path, capsys):
         assert out == "" and len(err.splitlines()) == 1
         return err
 
-    assert re.search(r"gguf-base-q4_k_m: has no GGUF file; `recipe export --run first ", refused("--type", "q4_k_m"))
+    assert re.search(
+        r"gguf-base-q4_k_m: has no GGUF file; `recipe export --run first ", refused("--type", "q4_k_m")
+    )
     assert "--json: serve prints no document" in refused("--json")
     shutil.copytree(runs / NAME, tmp_path / NAME, symlinks=True)
     shutil.rmtree(tmp_path / NAME / "exports" / "gguf-lora")

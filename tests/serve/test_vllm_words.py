@@ -55,7 +55,9 @@ def test_a_70b_fits_on_two_cards_of_24_gib_and_not_on_one(run):
     facts = vllm.Facts("x", run, run, 16, 4096, "bfloat16", weights_gib=37.1)
     vllm.require_memory(facts, [23.99, 23.99])
     for cards in ([23.99], [23.99, 15.7]):
-        with pytest.raises(UserError, match=r"^RUN=x: \d GPUs with .* GiB for vLLM each, expected .* RUNTIME=host"):
+        with pytest.raises(
+            UserError, match=r"^RUN=x: \d GPUs with .* GiB for vLLM each, expected .* RUNTIME=host"
+        ):
             vllm.require_memory(facts, cards)
     with pytest.raises(UserError, match="there is no NVIDIA GPU here"):
         vllm.require_memory(facts, [])
@@ -85,7 +87,11 @@ def test_any_python_can_ask_without_packages(run):
     command = [sys.executable, "-S", "-m", "recipe.serve.vllm", "--run", "first"]
     before = sha256_of(run / "config.yaml")
     done = subprocess.run(
-        [*command, "--set", f"paths.runs={run.parent}"], cwd=ROOT, capture_output=True, text=True, env={"PATH": ""}
+        [*command, "--set", f"paths.runs={run.parent}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": ""},
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "vLLM: there is no NVIDIA GPU here\n")
     assert sha256_of(run / "config.yaml") == before
