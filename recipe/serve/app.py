@@ -57,7 +57,7 @@ def make(models: Sequence[Model], key: str, form: dict[str, Any]) -> FastAPI:
     app = FastAPI(openapi_url=None)
     # Another site's page that has given itself this address (DNS rebinding) comes with its own name.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES, www_redirect=False)
-    app.add_exception_handler(ApiError, lambda _request, error: error.response())  # type: ignore[attr-defined]
+    app.add_exception_handler(ApiError, lambda _request, error: error.response())
     app.add_exception_handler(HTTPException, _not_here)
     _add_page(app)
     client = httpx2.AsyncClient(timeout=None, trust_env=False, limits=httpx2.Limits(max_connections=None))

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
@@ -226,11 +225,9 @@ def test_it_asks_itself_before_it_is_ready(served, alone):
 def test_a_taken_port_is_one_line(served):
     port = urlsplit(served.address).port
     for number, said in ((port, "Address already in use"), (99999, "0-65535")):
-        with pytest.raises(
-            UserError, match=rf"^--port {number}: cannot be used \(.*{said}.*\), expected a free"
-        ):
-            with server.listening(number):
-                pass
+        said = rf"^--port {number}: cannot be used \(.*{said}.*\), expected a free"
+        with pytest.raises(UserError, match=said), server.listening(number):
+            pass
 
 
 @pytest.mark.parametrize("key", ["short", "with space 123", "ключключ", "a/b?c=d&e#"])
@@ -249,9 +246,12 @@ def test_a_file_that_llama_cpp_cannot_load_is_one_line(gguf_files, tmp_path):
         (Files(cut), r"cut\.gguf: llama\.cpp cannot load it"),
         (Files(gguf_files.base, cut), r"with .*cut\.gguf: llama\.cpp cannot load it"),
     ):
-        with pytest.raises(UserError, match=said), server.listening(0) as listener:
-            with server.serving(listener, files, NAME, KEY, server.CHAT, CONTEXT_TOKENS):
-                pass
+        with (
+            pytest.raises(UserError, match=said),
+            server.listening(0) as listener,
+            server.serving(listener, files, NAME, KEY, server.CHAT, CONTEXT_TOKENS),
+        ):
+            pass
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def change(path: Path, **values) -> None:
 
 
 def pairs(words: list[str]) -> dict[str, str]:
-    return {word: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
+    return {word: value for word, value in pairwise(words) if word.startswith("--")}
 
 
 def test_the_words_are_those_of_the_run(run):
