@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setup import SetupError
-
 import engine
+from setup import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "qlora-70b-recipe:vllm"

@@ -169,6 +169,7 @@ function forget() {
 
 async function begin() {
   say("");
+  models = [];
   try {
     const found = await (await call("/v1/models")).json();
     form = found.form ?? form;
@@ -209,7 +210,15 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-key = new URLSearchParams(location.hash.slice(1)).get("key") ?? sessionStorage.getItem(KEPT) ?? "";
-history.replaceState(null, "", location.pathname); // the key is not to stay in the address bar and the history
+function takeKey() {
+  key = new URLSearchParams(location.hash.slice(1)).get("key") ?? sessionStorage.getItem(KEPT) ?? "";
+  history.replaceState(null, "", location.pathname); // the key is not to stay in the address bar and the history
+}
+
+window.addEventListener("hashchange", () => { // the address of another server's start, put into this tab
+  takeKey();
+  begin();
+});
+takeKey();
 await begin();
 document.documentElement.dataset.drawn = "yes";

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -103,7 +104,10 @@ def serving(
         try:
             yield f"http://{ADDRESS}:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = server.force_exit = True  # answers that are under way end here
+            logging.getLogger("uvicorn.error").setLevel(
+                logging.CRITICAL
+            )  # it would tell of each answer that is cut
+            server.should_exit = server.force_exit = True
             thread.join(END_SECONDS)
 
 

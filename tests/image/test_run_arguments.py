@@ -273,10 +273,11 @@ def test_a_folder_of_somebody_else_is_one_line(tmp_path, mode, uid, gid, may):
 def start(checkout, docker, environment):
     """start(*arguments, NAME=value): run.py where all is there; (exit code, stderr, the containers' calls)."""
 
-    def started(*arguments, flavour="cpu", runs=(), terminal=False, **changes):
-        docker.set(
-            images=good(checkout, flavour), info={"CDISpecDirs": ["/etc/cdi"]}, runs=[list(r) for r in runs]
-        )
+    def started(*arguments, flavour="cpu", runs=(), terminal=False, vllm=False, **changes):
+        images = good(checkout, flavour)
+        if vllm:
+            images["qlora-70b-recipe:vllm"] = next(iter(images.values()))
+        docker.set(images=images, info={"CDISpecDirs": ["/etc/cdi"]}, runs=[list(r) for r in runs])
         if flavour == "gpu" and not (checkout.parent / "cdi").exists():
             describe_gpus(checkout)
         command = [sys.executable, str(checkout / "scripts/run.py"), *arguments]
@@ -352,6 +353,35 @@ def test_a_page_that_is_served_is_not_served_in_a_container(start):
         "runtime: --watch serves a page, and the container has no network: use RUNTIME=host\n",
         [],
     )
+
+
+@pytest.mark.parametrize("reason", ["no GPU", "no image", "no run"])
+def test_where_vllm_cannot_serve_one_line_says_why(start, reason):
+    flavour = "cpu" if reason == "no GPU" else "gpu"
+    code, err, calls = start("serve", "--run", "x", flavour=flavour, vllm=reason == "no run")
+    said = {
+        "no GPU": "runtime: vLLM needs an NVIDIA GPU, found none\n",
+        "no image": "runtime: there is no image qlora-70b-recipe:vllm: `docker pull vllm/vllm-openai:v0.33.0`, then "
+        "`docker compose --profile vllm build vllm`\n",
+        "no run": "runtime: RUN=x: no such run in runs\n",
+    }
+    assert (code, err, calls) == (2, said[reason], [])
+
+
+def test_vllm_is_given_the_words_the_port_and_the_key(start, checkout):
+    """The key in the environment, where no other user reads it; all files to be read alone."""
+    (checkout / "recipe/serve/vllm.py").write_text(
+        "import json, sys\n"
+        'print(json.dumps({"words": ["/m/model", "--enable-lora", *sys.argv[1:]], "port": 8123, "key": "the-secret-key"}))\n'
+    )
+    code, err, (call,) = start("serve", "--run", "x", flavour="gpu", vllm=True)
+    assert code == 0
+    place = call["argv"].index("vllm")
+    assert call["argv"][place + 1 :] == ["/m/model", "--enable-lora", "--run", "x"]
+    assert {"run", "--rm", "--service-ports"} <= set(call["argv"][:place])
+    assert call["env"]["VLLM_API_KEY"] == "the-secret-key" and call["env"]["RECIPE_SERVE_PORT"] == "8123"
+    assert "the-secret-key" not in " ".join(call["argv"]) and err.count("the-secret-key") == 1
+    assert "http://127.0.0.1:8123/v1" in err
 
 
 def test_only_prepare_and_preflight_are_more_than_export(checkout):

@@ -67,8 +67,15 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, address: str, width: int, height: int, dark: bool = False) -> None:
-        """Load a page and wait until its charts are drawn."""
+    def open(
+        self,
+        address: str,
+        width: int,
+        height: int,
+        dark: bool = False,
+        drawn: str = "document.documentElement?.dataset.drawn == 'yes'",
+    ) -> None:
+        """Load a page and wait until it is drawn, its charts too."""
         self.complaints.clear()
         self.requests.clear()
         self._call(
@@ -80,7 +87,7 @@ class Browser:
         )
         self.scheme(dark)
         self._call("Page.navigate", url=address)
-        self.wait_for("document.documentElement?.dataset.drawn == 'yes'")
+        self.wait_for(drawn)
         self.settle()
 
     def scheme(self, dark: bool) -> None:
@@ -105,6 +112,23 @@ class Browser:
 
     def move(self, x: float, y: float) -> None:
         self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self._call("Input.insertText", text=text)
+
+    def press(self, key: str, code: int, modifiers: int = 0) -> None:
+        """`code`: of Windows; `modifiers`: 2 is Ctrl, 4 is Cmd."""
+        text = {"text": "\r"} if key == "Enter" and not modifiers else {}  # without it no form is sent
+        for kind in ("keyDown", "keyUp"):
+            self._call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                windowsVirtualKeyCode=code,
+                modifiers=modifiers,
+                **text,
+            )
 
     def picture(self, path: Path, whole: bool = False) -> None:
         found = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
