@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from recipe.bench.decode import RandomBytes
 from recipe.engine.random import random_config
 from recipe.errors import Refused
+from recipe.export import plain
 from recipe.export.plain import _from_pretrained, adapters_off, load_plain
-from recipe.export.spread import GIB, HOST, MARGIN_BYTES, Room, Sizes, Spread, Work, place
+from recipe.export.spread import GIB, HOST, MARGIN_BYTES, Room, Sizes, Spread, Work, place, rooms
 from recipe.export.streamed import assemble, load_streamed
 from recipe.plan.placement import spread
 from recipe.plan.shapes import KNOWN, read_config, shape_from_config
