@@ -327,9 +327,7 @@ def _continued(it: Loaded, context: Any, prompt: list[int], max_new_tokens: int)
         for first in range(0, len(given), BATCH):
             part = given[first : first + BATCH]
             last = first + len(part) == len(given)
-            logits: np.ndarray[Any, Any] = _logits(
-                it, context, part, start + first, [False] * (len(part) - 1) + [last]
-            )
+            logits = _logits(it, context, part, start + first, [False] * (len(part) - 1) + [last])
         start += len(given)
         token = int(logits[0].argmax())
         if lib.llama_vocab_is_eog(it.vocabulary, token):
