@@ -410,6 +410,8 @@ def install_all(wanted, environ):
     version, python = find_python(environ.get("PYTHON"))
     check_disk(ROOT, wanted)
     venv = ROOT / ".venv"
+    if venv.is_symlink():  # python -m venv --clear would empty what it leads to, then refuse
+        raise SetupError(f"{venv} is a link, expected a folder of this checkout's own: remove the link")
     say("making .venv with Python {}.{}.{}".format(*version))
     make_venv(python, venv)
     pip = Pip(venv)

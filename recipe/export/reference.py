@@ -30,7 +30,7 @@ PROMPTS = 10
 MARK = "\ue000"  # in no text
 NEW_TOKENS = 16  # each costs a pass over the model
 # More than that is not scored again by every tool: a 70B model in llama.cpp on a CPU reads some ten tokens a second.
-TOKENS = 8192
+TOKENS = 4096
 QUESTIONS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
