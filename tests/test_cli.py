@@ -23,6 +23,7 @@ COMMANDS = (
     "eval",
     "export",
     "chat",
+    "serve",
     "report",
     "compare",
     "doctor",

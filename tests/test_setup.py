@@ -313,3 +313,14 @@ def test_make_clean_removes_caches_and_nothing_else(clone):
     assert make(clone, "clean").returncode == 0
     assert all((clone / name).exists() for name in kept)
     assert not any((clone / name).parent.exists() for name in gone)
+
+
+def test_a_linked_venv_is_never_emptied(clone, tmp_path):
+    """Making it anew would clear what the link leads to, which may be another checkout's."""
+    theirs = tmp_path / "theirs"
+    (theirs / "bin").mkdir(parents=True)
+    (theirs / "bin/python").touch()
+    (clone / ".venv").symlink_to(theirs)
+    done = run_setup(clone)
+    assert done.returncode == 2 and "is a link" in done.stderr and "remove the link" in done.stderr
+    assert (theirs / "bin/python").exists()

@@ -169,10 +169,10 @@ FAULTS = {
 }
 
 
-def refused(run, capsys, code, *parts):
+def refused(run, capsys, code, *parts, options=()):
     """The export must end with this code and one line, and leave the run as it is."""
     before = {p: (p.read_bytes() if p.is_file() else None) for p in run.rglob("*")}
-    assert main(["export", "--run", run.name, "--set", f"paths.runs={run.parent}"]) == code
+    assert main(["export", "--run", run.name, "--set", f"paths.runs={run.parent}", *options]) == code
     out, err = capsys.readouterr()
     assert out == ""
     line = err.splitlines()[-1]
@@ -193,7 +193,7 @@ def test_a_wrong_alpha_is_not_exported_and_older_adapters_stay(copy, runs, expor
     shutil.copytree(runs / "good" / "adapters", copy / "adapters")
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("alpha: 8.0", "alpha: 16.0"))
-    refused(copy, capsys, 1, "held-out loss of", "nothing was exported")
+    refused(copy, capsys, 1, "held-out loss of", "nothing was exported", options=["--replace"])
 
 
 def test_a_damaged_checkpoint_is_not_exported(copy, capsys):
