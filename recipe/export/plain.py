@@ -122,21 +122,32 @@ def _from_pretrained(model_folder: Path, dtype: torch.dtype, spread: Spread) -> 
 
 def _unquantised(model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Over GPUs, host RAM and, what fits in neither, as files that are read again in every pass."""
-    size = sum(path.stat().st_size for path in model_folder.glob("*.safetensors")) * dtype.itemsize / 2
-    free = int(psutil.virtual_memory().available * RAM_SHARE)
-    if not torch.cuda.is_available() and size < free:
+    room = _room()
+    if len(room) == 1 and fits_in_memory(model_folder, dtype):
         return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, device_map={"": "cpu"})
-    room: dict[int | str, int] = {
-        gpu: max(0, int(torch.cuda.mem_get_info(gpu)[0] * GPU_SHARE))
-        for gpu in range(torch.cuda.device_count())
-    }
     return AutoModelForCausalLM.from_pretrained(
         model_folder,
         dtype=dtype,
         device_map="auto",
-        max_memory={**room, "cpu": free},
+        max_memory=room,
         offload_folder=tempfile.mkdtemp(prefix="offload-"),
     )
+
+
+def fits_in_memory(model_folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a 16-bit checkpoint has room on GPUs and in host RAM. Else it is read from the disk in every pass, which
+    plain transformers can do and PEFT cannot."""
+    size = sum(path.stat().st_size for path in model_folder.glob("*.safetensors")) * dtype.itemsize / 2
+    return size < sum(_room().values())
+
+
+def _room() -> dict[int | str, int]:
+    """Bytes for weights, by GPU and of host RAM."""
+    room: dict[int | str, int] = {
+        gpu: max(0, int(torch.cuda.mem_get_info(gpu)[0] * GPU_SHARE))
+        for gpu in range(torch.cuda.device_count())
+    }
+    return {**room, "cpu": int(psutil.virtual_memory().available * RAM_SHARE)}
 
 
 def held_out_documents(run: Run) -> list[Document]:
@@ -157,7 +168,7 @@ def token_scores(model, documents: Sequence[Document], pad: int, batch_size: int
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch])
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        logits = model(input_ids=ids.to(device_of(model)), attention_mask=mask.to(device_of(model))).logits
         for number, (_, labels), row in zip(numbers, batch, logits, strict=True):
             found[number] = _score(row, torch.tensor(labels[1:], device=row.device))
     return [score for score in found if score is not None]
@@ -173,6 +184,11 @@ def _score(logits: torch.Tensor, targets: torch.Tensor) -> Score:
         loss += (mine.logsumexp(1) - labelled).sum().item()
         gap = max(gap, (mine.amax(1) - labelled).max().item())
     return Score(loss, len(places), gap)
+
+
+def device_of(model) -> torch.device:
+    """Where tokens are to lie; of a model whose parameters are read from the disk, where accelerate fetches them from."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def mean_loss(model, documents: Sequence[Document], pad: int, batch_size: int = 8) -> float:
@@ -214,8 +230,10 @@ def greedy(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(len(ids) for ids in batch)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=device_of(model))
+        mask = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device_of(model)
+        )
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,

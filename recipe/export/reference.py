@@ -55,8 +55,8 @@ class Texts:
     tokenised: list[tuple[str, list[int]]]
     chat_template: str | None
 
-    def fewer(self) -> Texts:
-        return replace(self, documents=self.documents[: self.some])
+    def first(self, documents: int) -> Texts:
+        return replace(self, documents=self.documents[:documents])
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def keep(run: Run, adapters_sha256: str, texts: Texts, found: Found) -> None:
     some = found.held_out[: texts.some]
     reference = {
         "adapters_sha256": adapters_sha256,
+        "documents": len(some),
         "held_out_loss": mean_loss(some) if some else None,
         "answers": found.answers,
     }

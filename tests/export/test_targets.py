@@ -64,6 +64,15 @@ def test_into_the_unquantised_base_and_with_other_adapters(run, capsys):
     assert "bf16 base" in loss["compared_with"]
 
 
+def test_a_base_larger_than_memory_is_compared_less_closely_and_it_is_said(run, capsys, monkeypatch):
+    monkeypatch.setattr(targets, "fits_in_memory", lambda folder, dtype: False)
+    loss = exported(run, capsys, "--gguf", "f32", "--base", "bf16")["held_out_loss"]
+    assert loss["reference"] == pytest.approx(loss["trainer"], abs=1e-4) and loss["tolerance"] > 0.1
+    assert (
+        1e-3 < abs(loss["export"] - loss["trainer"]) < 0.1 and "larger than memory" in loss["compared_with"]
+    )
+
+
 def without_rank_1(tensors, config):
     """accelerate PR 4206: all but rank 0's slice is lost."""
     for tensor in tensors.values():
