@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from recipe.export.merge import write_merged
+from recipe.export.merge import HELD_BYTES, write_merged
 from recipe.export.tensors import Dequantised, Merged, Stored, Weighted
 from recipe.preflight.disk_speed import measure
 
@@ -33,6 +33,7 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 LIMIT_GIB = 6.0
+BESIDE_GIB = 1.5  # the process itself, and temporaries
 GIB = 2**30
 
 
@@ -197,5 +198,5 @@ def test_ram_stays_whatever_the_layers(place):
         for folder in ("base", "adapters", "merged"):
             shutil.rmtree(place / folder)
     assert all(row["peak_gib"] <= LIMIT_GIB for row in rows.values())
-    assert rows["bf16, 2 layers"]["peak_gib"] < rows["bf16, 1 layer"]["peak_gib"] + 0.5
-    assert rows["NF4, 3 layers"]["peak_gib"] < rows["NF4, 1 layer"]["peak_gib"] + 0.5
+    # What is on its way is bounded, whatever the layers and cores; with two cores it does not even come near.
+    assert all(row["peak_gib"] <= HELD_BYTES / GIB + BESIDE_GIB for row in rows.values())
