@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipe.errors import UserError
+from recipe.export import reference, targets
+from recipe.export.gguf_types import KINDS
 from recipe.files import read_json
 from recipe.serve import server
 from recipe.serve.llama import Files
@@ -17,11 +19,12 @@ def serve_run(run: Run, port: int, kind: str = TYPE) -> None:
     """Make the GGUF exports that are not there yet, then serve them until Ctrl-C."""
     if not run.finished:
         raise UserError(f"RUN={run.name}: is not finished; go on with `make train RUN={run.name}` first")
+    if kind not in KINDS:
+        raise UserError(f"--type {kind}: unknown quantisation, expected one of {', '.join(KINDS)}")
+    server.require_possible(port)
     model = read_json(run.manifest)["model"]
     form = read_json(run.manifest)["data"]
     files = exported(run, kind)
-    from recipe.export import reference
-
     server.serve(
         files,
         run.name,
@@ -34,8 +37,6 @@ def serve_run(run: Run, port: int, kind: str = TYPE) -> None:
 
 def exported(run: Run, kind: str) -> Files:
     """The base and the LoRA; where the run has learnt new tokens, which a LoRA cannot hold, the base and a merged model."""
-    from recipe.export import targets  # which brings torch along
-
     whole = bool(run.settings().lora.new_tokens)
     order = targets.Order(
         gguf=kind if whole else None, gguf_lora=not whole, gguf_base=whole, base_gguf=kind, reuse=True

@@ -38,8 +38,7 @@ def serve(
 
     Raises UserError where the port is taken, the key cannot be used, a file cannot be loaded, or in a container.
     """
-    if os.environ.get("RECIPE_NETWORK") == "none":
-        raise UserError("serve: this container has no network, expected RUNTIME=host")
+    require_possible(port)
     key = chosen_key()
     with listening(port) as listener, serving(listener, files, name, key, form, context_tokens) as address:
         if expected:
@@ -51,6 +50,15 @@ def serve(
         )
         while True:
             time.sleep(3600)
+
+
+def require_possible(port: int) -> None:
+    """What can be known before any file is made. Raises UserError as `serve` does."""
+    if os.environ.get("RECIPE_NETWORK") == "none":
+        raise UserError("serve: this container has no network, expected RUNTIME=host")
+    chosen_key()
+    with listening(port):
+        pass
 
 
 def chosen_key() -> str:
