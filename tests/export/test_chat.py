@@ -1,5 +1,6 @@
 """`recipe chat` as somebody uses it: the real command in a terminal of its own, on a run that really learnt something."""
 
+import contextlib
 import json
 import os
 import pty
@@ -96,6 +97,18 @@ class Terminal:
         before = self.said[: found.end()]
         return before
 
+    def interrupt_until(self, pattern):
+        """Ctrl-C at the prompt, again where it came just before Python waits for a line: it is then seen with the next key."""
+        self.said = ""
+        limit = time.monotonic() + PATIENCE_SECONDS
+        while pattern not in self.said:
+            assert time.monotonic() < limit, f"no {pattern!r} in {self.said!r}"
+            os.write(self.mine, b"\x03")
+            for _ in range(15):
+                if pattern not in self.said and select.select([self.mine], [], [], 0.2)[0]:
+                    with contextlib.suppress(OSError):
+                        self.said += os.read(self.mine, 65536).decode(errors="replace").replace("\r", "")
+
     def end(self):
         self.process.kill()
         self.process.wait()
@@ -145,8 +158,7 @@ def test_a_conversation_in_a_terminal(run, expected):
         terminal.until("\nbase\n> $")
         terminal.type("/help\n")
         terminal.until("Ctrl-C ends an answer.*\n> $")
-        terminal.type("\x03")
-        terminal.until("stopped\n")
+        terminal.interrupt_until("stopped\n")
         assert terminal.process.wait(PATIENCE_SECONDS) == 130
     finally:
         terminal.end()
