@@ -5,6 +5,7 @@ batch, and computes whole logits by autograd.
 """
 
 import json
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -68,7 +69,7 @@ class Padded:
 def stock(run):
     """The losses of plain TRL on the rows of `run`."""
     settings = run.settings()
-    folder = read_json(run.manifest)["model"]["folder"]
+    folder = Path(read_json(run.manifest)["model"]["folder"])
     model = get_peft_model(load_plain(folder, torch.float32, None), peft_config(settings.lora))
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
