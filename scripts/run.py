@@ -39,8 +39,9 @@ WRITING = (
     "--checkpoint",
     "--figure",
     "--bundle",
+    "--archive",
 )  # options whose value is a folder or file that is written
-WRITING_FILES = ("--figure", "--bundle")
+WRITING_FILES = ("--figure", "--bundle", "--archive")
 OUTPUT_FILES = ("report", "compare")  # commands whose --output is a file
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
 PROBE = "host-probe.json"

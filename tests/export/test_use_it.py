@@ -57,7 +57,9 @@ def test_it_does_what_it_says(command, place, capsys, monkeypatch):
     assert out.strip() and "Traceback" not in err
     for option, value in itertools.pairwise([*options, ""]):
         if option == "--archive":
-            subprocess.run(["sha256sum", "-c", f"{value}.sha256"], check=True, capture_output=True)
+            file = place / value
+            check = ["sha256sum", "-c", f"{file.name}.sha256"]
+            subprocess.run(check, cwd=file.parent, check=True, capture_output=True)
         if option == "--ollama":
             assert f"ollama create {value}" in out
         if option == "--dry-run":

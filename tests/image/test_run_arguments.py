@@ -155,6 +155,7 @@ def test_runs_elsewhere_in_the_checkout_can_be_written(places):
         (["--figure", "OUT/chart.svg"], [("OUT", True)]),
         (["--figure", "runs/chart.svg"], []),
         (["--bundle", "OUT/report.tar.gz"], [("OUT", True)]),
+        (["--archive", "OUT/first.tar"], [("OUT", True)]),
         (["report", "--output", "OUT/page.html"], [("OUT", True)]),  # a file; bench's is a folder
         (["compare", "one", "two", "--output=OUT/page.html"], [("OUT", True)]),
         (["report", "--output", "runs/page.html"], []),
