@@ -221,7 +221,7 @@ def test_the_host_reads_what_the_container_wrote(trained, tmp_path):
     """Same files either way: the host exports the container's run once more, to the same bytes."""
     folder, _ = trained
     adapters = (folder / "runs/first/adapters/adapter_model.safetensors").read_bytes()
-    command = [sys.executable, "-m", "recipe", "export", "--run", "first"]
+    command = [sys.executable, "-m", "recipe", "export", "--run", "first", "--replace"]
     done = subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True
     )
