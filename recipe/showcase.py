@@ -60,7 +60,12 @@ def stages(run: str, runs: str) -> list[Stage]:
             ("train", *config, "--run", run),
             160,
         ),
-        Stage("export", "gather the adapters and verify them with plain PEFT", ("export", *of_run), 25),
+        Stage(
+            "export",
+            "gather the adapters and verify them with plain PEFT",
+            ("export", *of_run, "--replace"),
+            40,
+        ),
         Stage(
             "eval",
             "count right answers on held-out prompts, without and with the adapters",
