@@ -64,7 +64,7 @@ def stages(run: str, runs: str) -> list[Stage]:
             "export",
             "gather the adapters and verify them with plain PEFT",
             ("export", *of_run, "--replace"),
-            40,
+            30,
         ),
         Stage(
             "eval",
