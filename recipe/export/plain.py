@@ -6,7 +6,9 @@ the GPUs are too small for that, recipe/export/streamed.py puts the same modules
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -125,12 +127,14 @@ def _unquantised(model_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     room = _room()
     if len(room) == 1 and fits_in_memory(model_folder, dtype):
         return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, device_map={"": "cpu"})
+    beside = tempfile.mkdtemp(prefix="offload-")  # for what is in no safetensors file: as a rule nothing
+    atexit.register(shutil.rmtree, beside, ignore_errors=True)
     return AutoModelForCausalLM.from_pretrained(
         model_folder,
         dtype=dtype,
         device_map="auto",
         max_memory=room,
-        offload_folder=tempfile.mkdtemp(prefix="offload-"),
+        offload_folder=beside,
     )
 
 
