@@ -21,6 +21,7 @@ from recipe.export.tensors import Dequantised, Merged, Stored, Weighted
 from recipe.files import read_json, write_json
 from recipe.prepare import prepare
 from recipe.settings import from_dict
+from tests.dying import die_before_replace
 from tests.models import PRELOADED, source_of, tiny_checkpoint, tiny_nf4
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -210,17 +211,8 @@ def test_a_tied_model_stays_tied_and_an_nf4_one_becomes_plain(tmp_path):
 
 
 def merge_and_die(base, adapters, target, before_replace):
-    """In a process of its own: SIGKILL before the n-th time that something gets its final name."""
-    replace, count = os.replace, 0
-
-    def counting(*args):
-        nonlocal count
-        count += 1
-        if count == before_replace:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*args)
-
-    os.replace = counting
+    """In a process of its own."""
+    die_before_replace(before_replace)
     write_merged(Merged(Stored(base), [Weighted(adapters)]), target, 100_000)
 
 

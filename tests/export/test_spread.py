@@ -101,12 +101,16 @@ MODELS = {
     "qwen2": {"family": "qwen2", "num_hidden_layers": 8, "tied": True},
     "qwen3": {"family": "qwen3", "num_hidden_layers": 8},
 }
+# They are listed everywhere, so that a run on one GPU says what it left out.
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
+]
 ON = [
     *((family, "cpu") for family in MODELS),
     *(pytest.param((family, "cuda:0"), marks=pytest.mark.gpu) for family in MODELS),
 ]
-if torch.cuda.device_count() > 1:
-    ON += [pytest.param((family, "cuda:0", "cuda:1"), marks=pytest.mark.gpu) for family in MODELS]
+ON += [pytest.param((family, "cuda:0", "cuda:1"), marks=TWO_GPUS) for family in MODELS]
 
 
 def all_but_one(options, devices):
@@ -247,7 +251,7 @@ def test_a_gpu_that_is_too_small_is_seen_by_loading_itself(nf4_model, capsys, mo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@TWO_GPUS[1]
 def test_a_model_over_two_gpus_gives_the_numbers_of_one(nf4_model):
     folder = nf4_model(**MODELS["llama"])
     whole = load_plain(folder, torch.bfloat16, None)

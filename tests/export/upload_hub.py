@@ -10,10 +10,11 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import yaml
+
+from tests.local_server import LocalServer
 
 GOOD_TOKEN = "hf_goodgoodgoodgoodgood"
 READ_ONLY_TOKEN = "hf_readreadreadreadread"
@@ -23,7 +24,7 @@ CHUNK = 2**14
 
 
 @dataclass
-class UploadHub:
+class UploadHub(LocalServer):
     folder: Path
     stalls: str | None = None  # an object (its sha256) of which half is read, then silence
     stalled: bool = False
@@ -34,38 +35,10 @@ class UploadHub:
     commits: int = 0
 
     def __enter__(self):
-        hub = self
-        self.lock, self.silent = threading.Lock(), threading.Event()
+        self.lock = threading.Lock()
         (self.folder / "objects").mkdir(parents=True, exist_ok=True)
         (self.folder / "repos").mkdir(exist_ok=True)
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self):
-                hub.answer(self)
-
-            do_GET = do_POST = do_PUT = answer
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *args: None  # a sender that was killed
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        self.silent.set()
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+        return super().__enter__()
 
     # -- what is stored -------------------------------------------------------------------------------------------------
 
@@ -86,7 +59,7 @@ class UploadHub:
 
     # -- the protocol ---------------------------------------------------------------------------------------------------
 
-    def answer(self, handler):
+    def answer(self, handler, method):
         path = handler.path.partition("?")[0]
         with self.lock:
             self.requests.append((handler.command, path))

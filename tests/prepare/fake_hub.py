@@ -5,13 +5,12 @@ GET /api/models/ID[/revision/REV] lists files and hashes; HEAD and GET /ID/resol
 
 import hashlib
 import json
-import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from recipe.settings import from_dict
+from tests.local_server import LocalServer
 
 COMMIT = "c0ffee" + "0" * 34
 CHUNK = 2**14
@@ -33,7 +32,7 @@ class Request:
 
 
 @dataclass
-class FakeHub:
+class FakeHub(LocalServer):
     folder: Path
     model: str = "org/tiny"
     commit: str = COMMIT
@@ -49,39 +48,6 @@ class FakeHub:
     xet_is_silent: bool = False  # weights are offered by Xet, whose server takes requests and never answers
     seconds_per_chunk: float = 0.0
     requests: list[Request] = field(default_factory=list)
-
-    def __enter__(self):
-        hub = self
-        self.silent = threading.Event()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                hub.answer(self, "GET")
-
-            def do_HEAD(self):
-                hub.answer(self, "HEAD")
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *args: None  # a reader that was killed
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        self.silent.set()
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def bodies(self, suffix=".safetensors"):
         """The requests that were sent content of such files, the headers' small ranges left out."""

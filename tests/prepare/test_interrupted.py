@@ -1,7 +1,6 @@
 """Preparing 70B takes long: what a kill leaves behind is gone on with, and the result is the same to the byte."""
 
 import multiprocessing
-import os
 import shutil
 import signal
 
@@ -13,6 +12,7 @@ from recipe.prepare import RECORD, _check_sizes
 from recipe.prepare.quantise import quantise
 from recipe.prepare.source import Source
 from recipe.settings import Quantization
+from tests.dying import die_before_replace
 from tests.models import PRELOADED, tiny_checkpoint
 
 SHARD_BYTES = 100_000
@@ -44,17 +44,8 @@ def contents(folder):
 
 
 def quantise_and_die(source, target, before_replace):
-    """In a process of its own: SIGKILL before the n-th time that something gets its final name."""
-    replace, count = os.replace, 0
-
-    def counting(*args):
-        nonlocal count
-        count += 1
-        if count == before_replace:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*args)
-
-    os.replace = counting
+    """In a process of its own."""
+    die_before_replace(before_replace)
     quantise(source, target, Quantization(), SHARD_BYTES)
 
 
